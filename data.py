@@ -1,0 +1,1470 @@
+"""Data: the rendered world and PASCAL-Context, their transforms, and a loader that can resume.
+
+    python data.py                    renders the world once and draws a contact sheet
+    python data.py --show /data/PASCALContext
+    python data.py --check /data/PASCALContext
+
+Folder layout: PASCAL-Context as its multi-task archives ship it; the world adds the last three
+    JPEGImages/<id>.jpg               RGB
+    pascal-context/trainval/<id>.mat  LabelMap, ids 1..459 (world: instance ids)
+    semseg/VOC12|pascal-context/<id>.png  class ids, 255 = void; VOC12 is used where it exists
+    human_parts/<id>.mat              PASCAL-Part `anno`: objects with masks, people with parts
+    sal_distill/<id>.png              gray, >= 128 is salient
+    normals_distill/<id>.png          RGB, n = 2 v / 255 - 1; x right, y up, z towards the camera
+    ImageSets/Context/<split>.txt     one id per line
+    ImageSets/Parts/<split>.txt       JSON {id: [class index of each object, -1 if mask empty]}
+    json/{nyu,context}_classes.json   name -> LabelMap id; normals count where both know the name
+    depth/<id>.npy                    float32 metres along the optical axis (z, not ray length)
+    captions.json                     {id: {"caption": str, "things": [...]}}
+    meta.json                         classes, parts, size, seed, counts, format version
+
+A sample before and after the transforms. H, W: native size; S: the size that networks see.
+    key          dataset.read(i), numpy              dataset[i], torch
+    image        (H, W, 3) uint8                     (3, S, S) float32 RGB in [0, 1]
+    semseg       (H, W) uint8, 255 = ignore          (S, S) int64, 255 = ignore
+    human_parts  (H, W) uint8, 0 background, 1..6    (S, S) int64, 255 = ignore
+    normals      (H, W, 3) float32, zeros = unknown  (3, S, S) float32, 255 = ignore
+    edge         (H, W) uint8 {0, 1}                 (S, S) float32 {0, 1}, 255 = ignore
+    sal          (H, W) uint8 {0, 1}                 (S, S) int64, 255 = ignore
+    depth        (H, W) float32 metres, 0 = unknown  (S, S) float32 metres, 255 = ignore
+    name         str                                 str
+`read` adds labelmap (H, W) int32; the world also instance (the same array), caption and things.
+"""
+
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image, ImageDraw, ImageFont
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from scipy.io import loadmat, savemat
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+# === tasks ===
+
+
+@dataclass(frozen=True)
+class Task:
+    """One dense task: what its head puts out, and how it is scored."""
+
+    channels: int | None  # outputs of the network; None: one per class of the data set
+    unknown: int  # unlabelled pixels in read(), and padding, before both become 255
+    metric: str  # headline number in eval.py
+    unit: str
+    lower_is_better: bool = False
+
+
+TASKS = {  # in the order of the task embeddings of a PASCAL checkpoint
+    "semseg": Task(None, 255, "miou", "%"),
+    "human_parts": Task(7, 255, "miou", "%"),
+    "normals": Task(3, 0, "mean", "degrees", lower_is_better=True),
+    "edge": Task(1, 255, "odsf", "%"),
+    "sal": Task(2, 255, "maxf", "%"),
+    "depth": Task(1, 0, "rmse", "m", lower_is_better=True),
+}
+IGNORE = 255
+
+
+def check_tasks(names: Iterable[str]):
+    """Raise ValueError for a name that is no task."""
+    for name in names:
+        if name not in TASKS:
+            raise ValueError(f'task "{name}" is unknown; use {", ".join(TASKS)}')
+
+
+FILES = {  # of every sample; the world adds depth
+    "image": "JPEGImages/{}.jpg", "labelmap": "pascal-context/trainval/{}.mat",
+    "semseg": "semseg/pascal-context/{}.png", "human_parts": "human_parts/{}.mat",
+    "sal": "sal_distill/{}.png", "normals": "normals_distill/{}.png",
+}
+PASCAL_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable "
+                  "dog horse motorbike person pottedplant sheep sofa train tvmonitor").split()
+PERSON = 15  # class_ind of people in the PASCAL-Part files
+PART_FILE_NAMES = ("", "head hair lear rear lebrow rebrow leye reye mouth nose", "torso neck",
+                   "luarm ruarm", "llarm rlarm lhand rhand", "luleg ruleg", "llleg rlleg lfoot rfoot")
+PART_IDS = {name: part for part, names in enumerate(PART_FILE_NAMES) for name in names.split()}
+
+def track(items: Iterable, what: str, total: int, start: int = 0, lines: bool = True, quiet: bool = False) -> Iterator:
+    """Pass on `items` under a progress bar with rate and time left.
+
+    Without a terminal, a plain line every ten seconds and at the end, if `lines`. quiet: nothing.
+    """
+    terminal, begin = sys.stdout.isatty(), time.perf_counter()
+    shown = begin
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[rate]}", TimeRemainingColumn())
+    with Progress(*columns, disable=quiet or not terminal) as bar:
+        task = bar.add_task(what, total=total, completed=start, rate="")
+        for done, item in enumerate(items, start + 1):
+            yield item
+            now = time.perf_counter()
+            rate = (done - start) / (now - begin)
+            bar.update(task, completed=done, rate=f"{rate:.1f}/s")
+            if lines and not (quiet or terminal) and (now - shown > 10 or done == total):
+                shown = now
+                left = f"{(total - done) / rate:.0f} s left" if done < total else f"{now - begin:.0f} s"
+                print(f"{what}: {done}/{total}, {rate:.1f}/s, {left}", flush=True)
+
+
+# === rendered world ===
+# World frame: x right, y up, z into the room, metres; the camera stands at (0, height, 0). A thing
+# is built in a frame of its own, standing on y = 0 and facing -z: at yaw 0, towards the camera.
+# Everything is a primitive, the room included. Vectors come component first, (3, P), so that
+# numpy runs over contiguous memory.
+# Sizes: B scenes, S pixels a side, N = B * S * S pixels, P primitives, F fragments.
+
+CLASSES = ("wall", "floor", "person", "ball", "box", "can", "cone", "table", "chair", "lamp",
+           "plant", "picture")
+PARTS = ("background", "head", "torso", "upper arm", "lower arm", "upper leg", "lower leg")
+COLOURS = {"red": (.80, .13, .12), "orange": (.93, .50, .12), "yellow": (.92, .82, .20),
+           "green": (.18, .58, .22), "blue": (.15, .32, .78), "purple": (.52, .22, .64),
+           "white": (.90, .90, .87), "brown": (.45, .28, .16)}
+SKIN = ((.94, .76, .65), (.85, .64, .48), (.66, .45, .31), (.42, .27, .18))
+HAIR = ((.10, .08, .07), (.30, .18, .10), (.62, .44, .22), (.55, .53, .52))
+LEAF, METAL = (.20, .50, .16), (.25, .25, .27)
+ELLIPSOID, BOX, FRUSTUM, CAPSULE = range(4)
+PLAIN, CHECKER, STRIPES, BLOTCHES = range(4)
+CELL = 1.3  # metres; every thing keeps to its own square of the floor, so that none touch
+CHUNK_PIXELS = 2 ** 17  # rendered at once: few calls of numpy, yet small enough for the cache
+
+
+class Scene:
+    """One room as numbers: camera, light, paints, things, and a row for each primitive."""
+
+    def __init__(self, seed, index):
+        self.random = np.random.default_rng((seed, index)).random
+        self.things, self.rows, self.shadows, self.counts = [], [], [], Counter()
+        pitch, self.yaw = self.between(.08, .32), self.between(-.2, .2)
+        sp, cp, sy, cy = math.sin(pitch), math.cos(pitch), math.sin(self.yaw), math.cos(self.yaw)
+        right, up, ahead = (cy, 0, -sy), (sp * sy, cp, sp * cy), (sy * cp, -sp, cy * cp)
+        self.view = (right, up, ahead)
+        self.height, self.focal = self.between(1.1, 1.9), self.between(.8, 1.05)
+        self.left, self.right = -self.between(2.2, 3.8), self.between(2.2, 3.8)
+        self.back, self.ceiling = self.between(4.5, 8), self.between(2.6, 3.4)
+        light = (self.between(-.7, .7), self.between(.6, 1), -self.between(.2, .9))
+        self.light = [x / math.hypot(*light) for x in light]  # points at the lamp
+        self.tint, self.noise = [self.between(.94, 1.08) for _ in "rgb"], self.between(.005, .025)
+        self.build_room()
+
+    def build_room(self):
+        """Add walls, ceiling and floor: thick boxes that overlap, so that no crack is left."""
+        wall, roof = self.paint(pale=.5)[1], self.paint(pale=.8, texture=PLAIN)[1]
+        x, y, z = (self.left + self.right) / 2, self.ceiling / 2, self.back / 2 + .5
+        half = ((self.right - self.left) / 2 + .5, y + .5, z - .2)  # from just ahead of the camera
+        for centre, axis, paint in (
+                ((self.left - .1, y, z), 0, wall), ((self.right + .1, y, z), 0, wall),
+                ((x, y, self.back + .1), 2, wall), ((x, 2 * y + .1, z), 1, roof),
+                ((x, -.1, z), 1, self.paint(pale=.2)[1])):
+            self.add(BOX, centre, [.1 if k == axis else half[k] for k in range(3)], paint)
+            self.rows[-1] += (0, 0, 0, 0, 1, 2 if centre[1] < 0 else 1)
+
+    def between(self, low, high):
+        return low + (high - low) * self.random()
+
+    def choose(self, options):
+        return options[int(len(options) * self.random())]
+
+    def paint(self, rgb=None, pale=0, texture=None):
+        """Mix a paint: colour name, (two RGB colours, texture, frequency in 1/m, slant, phase)."""
+        name, bright = None if rgb else self.choose(tuple(COLOURS)), self.between(.85, 1.15)
+        rgb = [bright * ((1 - pale) * c + pale * .8) + self.between(-.05, .05)
+               for c in rgb or COLOURS[name]]
+        if texture is None:
+            texture = self.choose((PLAIN, PLAIN, CHECKER, STRIPES, BLOTCHES))
+        dark = self.between(.45, .75)  # the second colour is a shade, so that the name stays true
+        return name, (*rgb, *(dark * c for c in rgb), texture, self.between(1.5, 3.5) if pale else
+                      self.between(4, 11), self.between(0, math.pi / 2), self.random())
+
+    def add(self, shape, centre, half, paint, axis=(0, 1, 0), taper=1, part=0):
+        """Add a primitive to the thing being built; `axis` is where its own y axis points."""
+        self.rows.append((shape, part, taper, *centre, *half, *axis, *paint))
+
+    def limb(self, start, end, radius, paint, part=0):
+        """Add a capsule from joint to joint; its radius counts twice, as half of x and of z."""
+        length, ends = math.dist(start, end), list(zip(start, end, strict=True))
+        self.add(CAPSULE, [(a + b) / 2 for a, b in ends], (radius, length / 2, radius), paint,
+                 axis=[(b - a) / length for a, b in ends], part=part)
+
+    def put(self, name, x, z, slack=0, y=0, yaw=0, scale=1, **how):
+        """Build a thing and set it down near (x, y, z), as far off as `slack` minus its radius."""
+        instance, first = 16 * CLASSES.index(name) + self.counts[name], len(self.rows)
+        self.counts[name] += 1
+        build = add_person if name == "person" else add_thing
+        colour, radius, top = build(self, name, **how)
+        slack, top = max(0, slack - radius * scale), top * scale + y
+        x, z = x + self.between(-slack, slack), z + self.between(-slack, slack)
+        self.rows[first:] = [(*row, x, y, z, yaw, scale, instance) for row in self.rows[first:]]
+        if y == 0:
+            away = math.hypot(self.light[0], self.light[2])
+            self.shadows.append((x, z, -self.light[0] / away, -self.light[2] / away,
+                                 top * away / self.light[1], 1.5 * (radius * scale) ** 2))
+        self.things.append({"class": name, "colour": colour, "instance": instance,
+                            "pose": how.get("pose")})
+        return x, z, top
+
+
+def add_thing(scene, name, seat=None):
+    """Add the primitives of a thing other than a person: its colour name, radius and height."""
+    between, add, (colour, paint) = scene.between, scene.add, scene.paint()
+    plain = scene.paint(paint[:3], texture=PLAIN)[1]
+    match name:
+        case "ball":
+            x = y = z = between(.2, .4)
+            add(ELLIPSOID, (0, y, 0), (x, y, z), paint)
+        case "box":
+            x, y, z = between(.2, .42), seat / 2 if seat else between(.2, .42), between(.2, .42)
+            x, z = (.6 * x, .2) if seat else (x, z)
+            add(BOX, (0, y, 0), (x, y, z), paint)
+            x = math.hypot(x, z)
+        case "can":
+            x, y = between(.16, .32), between(.22, .55)
+            add(FRUSTUM, (0, y, 0), (x, y, x), paint)
+        case "cone":
+            x, y = between(.24, .46), between(.3, .62)
+            add(FRUSTUM, (0, y, 0), (x, y, x), paint, taper=between(0, .15))
+        case "table":
+            x, y, z = between(.4, .54), between(.26, .42), between(.28, .34)
+            add(BOX, (0, 2 * y - .035, 0), (x, .035, z), paint)
+            add_legs(scene, x, z, 2 * y - .07, .035, plain)
+            x = math.hypot(x, z)
+        case "chair":
+            x, back, seat = between(.22, .27), between(.22, .32), seat or between(.4, .5)
+            add(BOX, (0, seat - .03, 0), (x, .03, .22), paint)
+            add(BOX, (0, seat + back, .2), (x, back, .025), paint)
+            add_legs(scene, x, .22, seat - .06, .03, plain)
+            x, y = math.hypot(x, .23), seat / 2 + back
+        case "lamp":
+            x, y, half = between(.22, .34), between(.45, .8), between(.14, .22)
+            metal = scene.paint(METAL, texture=PLAIN)[1]
+            add(FRUSTUM, (0, .025, 0), (.18, .025, .18), metal, taper=.8)
+            add(FRUSTUM, (0, y, 0), (.03, y - .02, .03), metal)
+            add(FRUSTUM, (0, 2 * y - half, 0), (x, half, x), paint, taper=between(.4, .8))
+        case "plant":
+            pot, half, leaf = between(.14, .22), between(.1, .2), between(.22, .42)
+            add(FRUSTUM, (0, half, 0), (pot, half, pot), paint, taper=between(1, 1.4))
+            add_leaves(scene, 2 * half, leaf)
+            x, y = max(1.3 * leaf, 1.4 * pot), half + .95 * leaf
+        case "picture":
+            x, y = between(.3, .65), between(.25, .45)
+            add(BOX, (0, 0, -.02), (x, y, .02), paint)
+            add(BOX, (0, 0, -.03), (x - .06, y - .06, .02), scene.paint()[1])
+            add(BOX, (0, -y / 2, -.04), (x - .06, y / 2 - .06, .02), scene.paint()[1])
+            disc = (between(-.5, .5) * x, .3 * y, -.05)
+            add(ELLIPSOID, disc, (.25 * x, .25 * x, .03), scene.paint()[1])
+    return colour, x, 2 * y
+
+
+def add_legs(scene, x, z, height, thick, paint):
+    for side, front in ((-1, -1), (-1, 1), (1, -1), (1, 1)):
+        scene.add(BOX, (side * (x - thick), height / 2, front * (z - thick)),
+                  (thick, height / 2, thick), paint)
+
+
+def add_leaves(scene, pot, leaf):
+    green, turned = scene.paint(LEAF, texture=PLAIN)[1], scene.between(0, 6)
+    for k in range(scene.choose((5, 6, 7, 8))):
+        lean, angle = scene.between(.15, .8) if k else 0, turned + k
+        axis = (math.sin(lean) * math.cos(angle), math.cos(lean), math.sin(lean) * math.sin(angle))
+        scene.add(ELLIPSOID, (leaf * axis[0], pot + .9 * leaf * axis[1], leaf * axis[2]),
+                  (.3 * leaf, leaf, .2 * leaf), green, axis)
+
+
+def add_person(scene, name, pose):
+    """Add a person one unit high by forward kinematics: shirt's colour name, radius, height."""
+    between, add, (colour, shirt), (_, trousers) = (
+        scene.between, scene.add, scene.paint(), scene.paint())
+    skin, hair, shoes = (scene.paint(scene.choose(options), texture=PLAIN)[1]
+                         for options in (SKIN, HAIR, HAIR))
+    shins = scene.choose((trousers, trousers, skin))  # skin: the trousers are shorts
+    sleeves = scene.choose(((skin, skin), (shirt, skin), (shirt, shirt), (shirt, shirt)))
+    stride, legs = between(.25, .48) if pose == "walking" else between(-.06, .06), []
+    for side in (-1, 1):
+        thigh, bend = side * stride, between(.3, .7) if side * stride < -.1 else between(.02, .1)
+        if pose == "sitting":
+            thigh, bend = between(1.42, 1.5), between(1.4, 1.6)
+        legs.append(joints((side * .055, 0, 0), side * .03, (.24, thigh), (.235, thigh - bend)))
+    hips = .035 - min(ankle[1] for _, _, ankle in legs)  # the lower foot stands on the floor
+    for hip, knee, ankle in (((x, y + hips, z) for x, y, z in leg) for leg in legs):
+        scene.limb(hip, knee, .045, trousers, 5)
+        scene.limb(knee, ankle, .033, shins, 6)
+        add(ELLIPSOID, (ankle[0], ankle[1], ankle[2] - .03), (.03, .033, .075), shoes, part=6)
+    add(ELLIPSOID, (0, hips + .01, 0), (.098, .06, .07), trousers, part=2)
+    add(FRUSTUM, (0, hips + .16, 0), (.088, .14, .058), shirt, taper=1.3, part=2)
+    add(ELLIPSOID, (0, hips + .295, 0), (.118, .035, .074), shirt, part=2)
+    scene.limb((0, hips + .3, 0), (0, hips + .36, 0), .032, skin, 2)
+    add(ELLIPSOID, (0, hips + .408, -.005), (.05, .068, .057), skin, part=1)
+    add(ELLIPSOID, (0, hips + .425, .012), (.054, .058, .056), hair, part=1)
+    for side in (-1, 1):
+        swing, bend = -side * stride, between(.1, .6)
+        if pose == "sitting":
+            swing, bend = between(.2, .6), between(.6, 1.1)
+        elif pose == "standing" and scene.random() < .2:  # waves
+            swing = between(2.1, 2.7)
+        shoulder, elbow, wrist, hand = joints(
+            (side * .125, hips + .285, 0), side * between(.03, .25), (.165, swing),
+            (.14, swing + bend), (.03, swing + bend))
+        scene.limb(shoulder, elbow, .033, sleeves[0], 3)
+        scene.limb(elbow, wrist, .026, sleeves[1], 4)
+        add(ELLIPSOID, hand, (.028, .04, .028), skin, part=4)
+    return colour, .2, hips + .48
+
+
+def joints(start, spread, *bones):
+    """Return the joints of a limb; a bone is its length and its swing forward from hanging."""
+    chain = [start]
+    for length, swing in bones:
+        x, y, z = chain[-1]
+        chain.append((x + length * spread, y - length * math.cos(swing),
+                      z - length * math.sin(swing)))
+    return chain
+
+
+def furnish(scene):
+    """Put 0-2 people and 2-6 objects on cells of the floor, 0-2 pictures on the walls."""
+    cells, objects, tables = floor_cells(scene), scene.choose((2, 3, 4, 5, 6)), []
+    for _ in range(scene.choose((0, 1, 1, 2))):
+        pose, height = scene.choose(("standing", "walking", "sitting")), scene.between(1.45, 1.95)
+        yaw = scene.between(-1.4, 1.4) + scene.choose((0, 0, 0, 0, math.pi))
+        x, z, top = scene.put("person", *cells.pop(), yaw=yaw, scale=height, pose=pose)
+        if pose == "sitting":  # under the thighs, .045 below the hips
+            scene.put(scene.choose(("chair", "chair", "box")), x, z, yaw=yaw,
+                      seat=top - height * (.48 + .045))
+            objects -= 1
+    for _ in range(objects):
+        name, yaw = scene.choose(CLASSES[3:-1]), scene.between(-math.pi, math.pi)
+        if tables and name in ("ball", "can", "cone", "plant") and scene.random() < .6:
+            x, z, top = tables.pop()
+            scene.put(name, x, z, .3, top, yaw, .5)
+        elif cells:
+            where = scene.put(name, *cells.pop(), CELL / 2, yaw=yaw)
+            tables += [where] if name == "table" else []
+    for side in scene.choose(((), (0,), (1,), (-1,), (0, 1), (0, -1))):
+        x, z = ((scene.right if side > 0 else scene.left, scene.between(.6, .9) * scene.back)
+                if side else (scene.between(.6 * scene.left, .6 * scene.right), scene.back))
+        scene.put("picture", x, z, y=scene.between(1.35, 1.9), yaw=side * math.pi / 2)
+    return scene
+
+
+def floor_cells(scene):
+    """Return the centres (x, z) of the floor cells in view, the nearest likelier at the end."""
+    cells, z = [], 1.45 + CELL / 2 + scene.between(0, .4)
+    while z + CELL / 2 < scene.back:
+        middle, reach = z * math.tan(scene.yaw), .5 * z / scene.focal + .35
+        low, high = max(scene.left, middle - reach), min(scene.right, middle + reach)
+        columns = int((high - low) / CELL)
+        first = (low + high - CELL * (columns - 1)) / 2
+        cells += [(first + CELL * k, z) for k in range(columns)]
+        z += CELL
+    return sorted(cells, key=lambda cell: scene.random() * cell[1] ** 1.5, reverse=True)
+
+
+# From scenes to pixels, in the camera's frame: x right, y up, z ahead. A ray is (u, v, 1), so the
+# parameter at which it hits something is that thing's depth.
+
+def turn(rotation, x, y, z):
+    """Rotate vectors by (3, 3, ...); not by matmul, whose sums may depend on the batch."""
+    return np.stack([row[0] * x + row[1] * y + row[2] * z for row in rotation])
+
+
+def dot(a, b):
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+
+
+def gather_primitives(scenes, view):
+    """Return all primitives, sorted by shape, as a dict of arrays in their cameras' frames."""
+    rows = np.array([(b, *row) for b, scene in enumerate(scenes) for row in scene.rows])
+    rows = rows[np.argsort(rows[:, 1], kind="stable")].T  # (29, P)
+    owner, shape, part, instance = rows[[0, 1, 2, 28]].astype(int)
+    taper, centre, half, y = rows[3], rows[4:7], rows[7:10], rows[10:13]
+    position, (sine, cosine), size = rows[23:26], (np.sin(rows[26]), np.cos(rows[26])), rows[27]
+    camera = view[owner].transpose(1, 2, 0)  # (3, 3, P)
+    rotation = np.stack([cosine * camera[:, 0] - sine * camera[:, 2], camera[:, 1],
+                         sine * camera[:, 0] + cosine * camera[:, 2]], 1)
+    position[1] -= np.array([scene.height for scene in scenes])[owner]
+    hint = np.where(np.abs(y[0]) < .9, [[1], [0], [0]], [[0], [0], [1]])
+    x = hint - dot(hint, y) * y
+    x /= np.sqrt(dot(x, x))
+    axes = np.stack([turn(rotation, *axis) for axis in (x, y, np.cross(x, y, axis=0))])
+    extent, unit = half * size, half * size
+    extent[1] += np.where(shape == CAPSULE, extent[0], 0)
+    extent[::2] *= np.where(shape == FRUSTUM, np.maximum(1, taper), 1)
+    unit[1] = np.where(shape == CAPSULE, unit[0], unit[1])  # a unit ball swept along y in +-taper
+    return {"owner": owner, "shape": shape, "part": part, "instance": instance,
+            "taper": np.where(shape == CAPSULE, half[1] / half[0], taper),
+            "paint": rows[13:23].astype(np.float32),
+            "centre": turn(rotation, *(centre * size)) + turn(camera, *position),
+            "corner": axes * extent[:, None], "unit": unit, "local": axes / unit[:, None]}
+
+
+def fragments(prims, focal, size):
+    """List the pixels of every primitive's screen box: primitive, x and y, (F,) each."""
+    centre, corner = prims["centre"][:, None], prims["corner"][:, :, None]
+    signs = np.array([[a, b, c] for a in (-1, 1) for b in (-1, 1) for c in (-1, 1)]).T[:, :, None]
+    x, y, z = centre + (corner * signs[:, None]).sum(0)  # (8, P) each
+    pixels, edges = focal[prims["owner"]] * size / np.maximum(z, .1), []
+    for line in (x * pixels, -y * pixels):
+        first = np.clip(np.ceil(line.min(0) + size / 2 - .5), 0, size).astype(np.int32)
+        last = np.clip(np.ceil(line.max(0) + size / 2 - .5), 0, size).astype(np.int32)
+        edges += [first, last - first]
+    left, width, top, height = edges
+    prim, y = runs(height)
+    row, x = runs(width[prim])
+    prim, y = prim[row], y[row]
+    return prim, x + left[prim], y + top[prim]
+
+
+def runs(lengths):
+    """Lay runs of these lengths end to end; return every element's run and place in it."""
+    run = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+    return run, np.arange(len(run), dtype=np.int32) - (np.cumsum(lengths) - lengths)[run]
+
+
+def localize(prims, prim, u, v):
+    """Express rays in their primitives' unit frames: o, d (3, F), taper, depth of o, local (9, F).
+
+    o is the ray's point at the depth of the primitive's centre: so near, float32 is exact enough.
+    """
+    x, y, depth = prims["centre"]
+    table = [x / depth, y / depth, depth, prims["taper"], *prims["local"].reshape(9, -1)]
+    x, y, depth, taper, *local = (column.astype(np.float32)[prim] for column in table)
+    x, y = (u - x) * depth, (v - y) * depth
+    o = np.stack([local[k] * x + local[k + 1] * y for k in (0, 3, 6)])
+    d = np.stack([local[k] * u + local[k + 1] * v + local[k + 2] for k in (0, 3, 6)])
+    return o, d, taper, depth, local
+
+
+# Where does the ray o + t d, (3, F) each, enter a shape of unit size? t (F,), inf for a miss.
+
+def hit_ellipsoid(o, d, taper):
+    square = dot(d, d)
+    nearest = -dot(o, d) / square
+    space = (1 - dot(o, o)) / square + nearest * nearest
+    return np.where(space > 1e-9, nearest - np.sqrt(np.maximum(space, 0)), np.inf)
+
+
+def hit_box(o, d, taper):
+    inverse = 1 / np.where(np.abs(d) < 1e-9, np.float32(1e-9), d)
+    near, far = -o * inverse - np.abs(inverse), -o * inverse + np.abs(inverse)
+    return np.where(near.max(0) < far.min(0), near.max(0), np.inf)
+
+
+def hit_frustum(o, d, taper):
+    slope = (taper - 1) / 2  # the radius goes from 1 at y = -1 to taper at y = 1
+    radius, change = (taper + 1) / 2 + slope * o[1], slope * d[1]
+    a = d[0] * d[0] + d[2] * d[2] - change * change
+    b = o[0] * d[0] + o[2] * d[2] - radius * change
+    space = b * b - a * (o[0] * o[0] + o[2] * o[2] - radius * radius)
+    side = (-b - np.sqrt(np.maximum(space, 0))) / np.where(np.abs(a) < 1e-9, np.float32(1e-9), a)
+    side = np.where((space > 0) & (np.abs(o[1] + side * d[1]) <= 1), side, np.inf)
+    lid = -np.sign(d[1])
+    cap = (lid - o[1]) / np.where(d[1] == 0, np.float32(1e-9), d[1])
+    x, z, rim = o[0] + cap * d[0], o[2] + cap * d[2], (taper + 1) / 2 + slope * lid
+    return np.where(x * x + z * z < rim * rim, np.minimum(cap, side), side)
+
+
+def hit_capsule(o, d, taper):
+    a, b = d[0] * d[0] + d[2] * d[2] + np.float32(1e-9), o[0] * d[0] + o[2] * d[2]
+    space = b * b - a * (o[0] * o[0] + o[2] * o[2] - 1)
+    side = (-b - np.sqrt(np.maximum(space, 0))) / a
+    y = o[1] + side * d[1]
+    end = np.clip(y, -taper, taper)
+    ball = hit_ellipsoid((o[0], o[1] - end, o[2]), d, taper)
+    return np.where(space > 0, np.where(y == end, side, ball), np.inf)
+
+
+HITS = (hit_ellipsoid, hit_box, hit_frustum, hit_capsule)  # by shape
+
+
+def unit_normals(shape, p, d, taper):
+    """Return normals, of any length, at the points p where rays enter their unit shapes."""
+    slope, nought = (taper - 1) / 2, 0 * p[0]
+    face = -p * np.sign(d)  # 1 on the face where the ray enters, less on others
+    box = np.where(face == face.max(0), -np.sign(d), 0)
+    lid = (np.abs(p[1]) > 1 - 1e-4) & (p[1] * d[1] < 0)
+    side = np.stack([p[0], -slope * ((taper + 1) / 2 + slope * p[1]), p[2]])
+    frustum = np.where(lid, np.stack([nought, p[1], nought]), side)
+    capsule = np.stack([p[0], p[1] - np.clip(p[1], -taper, taper), p[2]])
+    return np.choose(shape, (p, box, frustum, capsule))
+
+
+def find_nearest(prims, focal, size, u, v):
+    """Return the primitive (N,) that each pixel shows, and its depth (N,) in metres."""
+    prim, x, y = fragments(prims, focal, size)
+    pixel = (prims["owner"][prim] * size + y) * size + x
+    o, d, taper, centre, _ = localize(prims, prim, u[pixel], v[pixel])
+    ends = np.searchsorted(prims["shape"][prim], range(5))
+    t = np.concatenate([hit(o[:, a:b], d[:, a:b], taper[a:b]) for hit, a, b in
+                        zip(HITS, ends[:-1], ends[1:], strict=True)]) + centre
+    depth, winner = np.full(len(u), np.inf, np.float32), np.empty(len(u), np.int32)
+    np.minimum.at(depth, pixel, t)
+    won = np.flatnonzero(t == depth[pixel])
+    winner[pixel[won]] = prim[won]
+    return winner, depth
+
+
+def touch(prims, winner, u, v, depth):
+    """Return normals in the camera's frame and texture points, (3, N) each, of what is seen."""
+    o, d, taper, centre, local = localize(prims, winner, u, v)
+    point = o + (depth - centre) * d
+    n = unit_normals(prims["shape"][winner], point, d, taper)
+    n = np.stack([local[k] * n[0] + local[k + 3] * n[1] + local[k + 6] * n[2] for k in range(3)])
+    return n / np.sqrt(dot(n, n)), point * prims["unit"].astype(np.float32)[:, winner]
+
+
+def textured(paint, point):
+    """Return the colours (3, N) that paints (10, N) have at points (3, N) in metres."""
+    texture, frequency, slant, phase = paint[6:]
+    x, y, z = point * frequency + phase
+    mix = np.where(texture == CHECKER, (np.floor(x) + np.floor(y) + np.floor(z)) % 2, 0)
+    at = np.flatnonzero(texture == STRIPES)
+    mix[at] = np.floor(2 * ((x + z)[at] * np.cos(slant[at]) + y[at] * np.sin(slant[at]))) % 2
+    at = np.flatnonzero(texture == BLOTCHES)
+    x, y, z = x[at], y[at], z[at]
+    waves = np.sin(2 * x + 3 * np.sin(y)) + np.sin(2 * y + 3 * np.sin(z)) + np.sin(3 * z + x)
+    mix[at] = np.clip(2 * waves, 0, 1)
+    return paint[:3] + mix * (paint[3:6] - paint[:3])
+
+
+def floor_light(scenes, owner, x, z):
+    """Return the share of light at floor points (F,); a thing darkens a spot and a streak."""
+    table = np.zeros((len(scenes), max(len(s.shadows) for s in scenes), 6), np.float32)
+    table[:, :, 5] = 1e-6  # no thing: no shadow
+    for row, scene in zip(table, scenes, strict=True):
+        row[:len(scene.shadows)] = scene.shadows
+    light = np.ones(len(owner), np.float32)
+    for columns in table.transpose(1, 2, 0):
+        thing_x, thing_z, ux, uz, length, spread = (column[owner] for column in columns)
+        dx, dz = x - thing_x, z - thing_z
+        along = np.clip(dx * ux + dz * uz, 0, length)  # the nearest point of the streak
+        dx, dz = dx - along * ux, dz - along * uz
+        light *= 1 - .55 * np.maximum(1 - (dx * dx + dz * dz) / spread, 0) / (1 + along)
+    return light
+
+
+def shade(scenes, view, colour, normal, x, y, depth, on_floor):
+    """Light the colours (3, N): ambient, directional, contact shadows, fog and tint."""
+    owner = np.repeat(np.arange(len(scenes)), len(depth) // len(scenes))
+    floor = np.flatnonzero(on_floor)
+    table = np.array([(*s.light, *s.tint, s.height) for s in scenes]).T
+    light = turn(view.transpose(1, 2, 0), *table[:3])
+    *light, red, green, blue, height = np.stack([*light, *table[3:]]).astype(np.float32)[:, owner]
+    camera = view.transpose(2, 1, 0).astype(np.float32)[:, :, owner]  # camera to world
+    up, world = camera[1], turn(camera, x, y, depth)
+    level = .52 + .08 * dot(normal, up) + .6 * np.maximum(dot(normal, light), 0)
+    level *= np.minimum(.8 + world[1] + height, 1)  # corners get less light
+    level[floor] *= 1.25 * floor_light(scenes, owner[floor], world[0][floor], world[2][floor])
+    fog = .02 * depth
+    return (colour * (level * (1 - fog)) + .75 * fog) * (red, green, blue)
+
+
+def salience(instance):
+    """Find salient pixels (B, S, S); also every instance's pixels and mean x in [0, 1], (B, 256).
+
+    A thing counts if its score, area times centre prior and 1.5 for people, is half of the best.
+    """
+    batch, size = instance.shape[:2]
+    key = (instance + 256 * np.arange(batch)[:, None, None]).ravel()
+    line = (np.arange(size) + .5) / size
+    bell = np.exp(-((line - .5) / .35) ** 2)
+    area, score, x = (
+        np.bincount(key, weights, 256 * batch).reshape(batch, 256) for weights in
+        (None, np.tile(np.outer(bell, bell).ravel(), batch), np.tile(line, size * batch)))
+    score *= np.where(np.arange(256) // 16 == CLASSES.index("person"), 1.5, 1)
+    score[:, :16] = 0  # walls and floor
+    salient = (score >= score.max(1, keepdims=True) / 2) & (score > 0)
+    return salient.ravel()[key].reshape(instance.shape), area, x / np.maximum(area, 1)
+
+
+def describe(scene, area, x, size):
+    """Return the caption of a scene and a list of its visible things, largest first."""
+    things = [thing | {"pixels": int(area[thing["instance"]])} for thing in scene.things]
+    things = [thing for thing in things if thing["pixels"] >= max(1, size * size // 1000)]
+    if not things:
+        return "an empty room", {"things": []}
+    things.sort(key=lambda thing: -thing["pixels"])
+    phrases = {"person": "{pose} person in {colour}", "plant": "plant in a {colour} pot"}
+    names = [phrases.get(t["class"], "{colour} {class}").format(**t) for t in things]
+    plurals = {"person": "people", "box": "boxes"}
+    counts = [f"{n} {name if n == 1 else plurals.get(name, name + 's')}"
+              for name, n in Counter(thing["class"] for thing in things).items()]
+    listed = [f"an {name}" if name[0] == "o" else f"a {name}" for name in names]  # an orange box
+    at, pairs = [x[thing["instance"]] for thing in things], range(min(3, len(things) - 1))
+    sides = ["left" if at[k] < at[k + 1] else "right" for k in pairs]
+    places = [f"; the {names[k]} is {sides[k]} of the {names[k + 1]}"
+              for k in pairs if abs(at[k] - at[k + 1]) > .1 and names[k] != names[k + 1]]
+    caption = f"a room with {', '.join(counts)}: {', '.join(listed)}{''.join(places)}"
+    return caption, {"things": things}
+
+
+def render(seed: int, indices: Sequence[int], size: int) -> dict:
+    """Render scenes of the world; what is in scene i depends on (seed, i) alone.
+
+    image       (B, S, S, 3) uint8 RGB
+    semseg      (B, S, S)    uint8 index into CLASSES; the ceiling is wall
+    instance    (B, S, S)    uint8 wall 1, floor 2, things 16 * class + k
+    human_parts (B, S, S)    uint8 index into PARTS
+    sal         (B, S, S)    uint8 {0, 1}
+    normals     (B, S, S, 3) float32 unit, camera frame: x right, y up, z towards the camera
+    depth       (B, S, S)    float32 metres along the optical axis (z, not ray length)
+    captions    list of B str
+    attributes  list of B dicts {"things": [...]}: the visible things, largest first
+    """
+    step = max(1, CHUNK_PIXELS // size ** 2)
+    chunks = [render_chunk(seed, indices[k:k + step], size) for k in range(0, len(indices), step)]
+    joined = {key: [row for chunk in chunks for row in chunk[key]]
+              for key in ("captions", "attributes")}
+    return joined | {key: np.concatenate([chunk[key] for chunk in chunks])
+                     for key in chunks[0] if key not in joined}
+
+
+def render_chunk(seed, indices, size):
+    """Render a few scenes: primitives, the nearest one in each pixel, its colour and labels."""
+    scenes = [furnish(Scene(seed, int(index))) for index in indices]
+    view, focal = np.array([s.view for s in scenes]), np.array([s.focal for s in scenes])
+    prims = gather_primitives(scenes, view)
+    u, v = image_plane(focal, size)  # (N,) each
+    winner, depth = find_nearest(prims, focal, size, u, v)
+    normal, point = touch(prims, winner, u, v, depth)  # (3, N) each
+    instance, part = prims["instance"][winner], prims["part"][winner]
+    colour = textured(prims["paint"][:, winner], point)
+    colour = shade(scenes, view, colour, normal, u * depth, v * depth, depth, instance == 2)
+    return finish(seed, indices, scenes, size, colour, instance, part, normal, depth)
+
+
+def image_plane(focal, size):
+    """Return u and v, (N,) each, of the rays (u, v, 1) through the pixels' centres."""
+    line = np.arange(size, dtype=np.float32) + np.float32(.5 - size / 2)
+    pixel = (1 / (focal * size)).astype(np.float32)[:, None]
+    return (pixel * np.tile(line, size)).ravel(), (pixel * np.repeat(-line, size)).ravel()
+
+
+def finish(seed, indices, scenes, size, colour, instance, part, normal, depth):
+    """Add noise, saliency and captions, and shape everything as `render` returns it."""
+    shape = (len(scenes), size, size)
+    image = np.ascontiguousarray(colour.reshape(3, *shape).transpose(1, 2, 3, 0))
+    for pixels, scene, index in zip(image, scenes, indices, strict=True):
+        random = np.random.default_rng((seed, int(index), 1))  # apart: scenes ignore the size
+        pixels += np.float32(scene.noise) * random.standard_normal(pixels.shape, np.float32)
+    instance = instance.reshape(shape).astype(np.uint8)
+    normals = normal.reshape(3, *shape).transpose(1, 2, 3, 0) * np.float32([1, 1, -1])
+    sal, area, x = salience(instance)
+    words = [describe(*row, size) for row in zip(scenes, area, x, strict=True)]
+    return {"image": (np.clip(image, 0, 1) * 255 + .5).astype(np.uint8), "instance": instance,
+            "semseg": instance // 16 + (instance == 2), "sal": sal.astype(np.uint8),
+            "human_parts": part.reshape(shape).astype(np.uint8), "depth": depth.reshape(shape),
+            "normals": np.ascontiguousarray(normals), "captions": [caption for caption, _ in words],
+            "attributes": [attributes for _, attributes in words]}
+
+
+# === the world on disk ===
+
+FORMAT = 1  # raise it whenever the files written below change
+SPLITS = ("train", "val", "probe")
+
+
+@dataclass(frozen=True)
+class WorldSettings:
+    size: int = 64  # side of the square images, pixels
+    train: int = 3072  # scenes of each split
+    val: int = 256
+    probe: int = 768
+    seed: int = 0
+
+
+def struct_array(fields: str, rows: list[tuple]) -> np.ndarray:
+    """Build what MATLAB calls a 1 x N struct array; no rows give the 0 x 0 of an empty field."""
+    array = np.empty((1, len(rows)) if rows else (0, 0), [(f, object) for f in fields.split()])
+    for column, row in enumerate(rows):
+        array[0, column] = row
+    return array
+
+
+def write_parts(path: Path, name: str, objects: list[tuple]) -> list[int]:
+    """Write a PASCAL-Part file; returns its entry of ImageSets/Parts.
+
+    objects: (class name, class index, mask (H, W) bool, {part name: mask (H, W) bool}).
+    """
+    rows = []
+    for kind, index, mask, parts in objects:
+        parts = [(part, area.astype(np.uint8)) for part, area in parts.items()]
+        parts = struct_array("part_name mask", parts)
+        rows.append((kind, float(index), mask.astype(np.uint8), parts))
+    rows = struct_array("class class_ind mask parts", rows)
+    anno = struct_array("imname objects", [(name, rows)])
+    savemat(path, {"anno": anno}, do_compression=True)  # masks shrink sixtyfold for 0.4 ms
+    return [index if mask.any() else -1 for _, index, mask, _ in objects]
+
+
+def scene_objects(scene: dict, least: float) -> list[tuple]:
+    """List a scene's things for `write_parts`; people of fewer than `least` pixels get no parts."""
+    instance, objects = scene["instance"], []
+    for label in (np.flatnonzero(np.bincount(instance.ravel())[32:]) + 32).tolist():
+        kind, mask, parts = CLASSES[label // 16], instance == label, {}
+        if kind == "person" and mask.sum() >= least:
+            for part in np.unique(scene["human_parts"][mask & (scene["human_parts"] > 0)]):
+                parts[PART_FILE_NAMES[part].split()[0]] = mask & (scene["human_parts"] == part)
+        # Other things stay clear of PASCAL's own indices 1..20, where 15 is a person.
+        objects.append((kind, PERSON if kind == "person" else 100 + label // 16, mask, parts))
+    nothing = ("picture", 111, np.zeros(instance.shape, bool), {})
+    return objects or [nothing]  # the format wants one object at least
+
+
+def write_scene(root: Path, name: str, scene: dict[str, np.ndarray]) -> list[int]:
+    """Write one scene of `render` as files; returns its entry of ImageSets/Parts."""
+    path = sample_paths(root, World.files, name)
+    least = 12 * (len(scene["image"]) / 64) ** 2  # people do not label smaller specks: void
+    specks = np.bincount(scene["instance"].ravel(), minlength=256) < least
+    semseg = np.where(specks[scene["instance"]], np.uint8(IGNORE), scene["semseg"])
+    normals = np.rint((scene["normals"] + 1) * 127.5).astype(np.uint8)
+    Image.fromarray(scene["image"]).save(path["image"], quality=95, subsampling=0)
+    for key, array in ("semseg", semseg), ("sal", scene["sal"] * 255), ("normals", normals):
+        Image.fromarray(array).save(path[key], compress_level=1)
+    savemat(path["labelmap"], {"LabelMap": scene["instance"].astype(np.uint16)})
+    np.save(path["depth"], scene["depth"].astype(np.float32))
+    return write_parts(path["human_parts"], name, scene_objects(scene, least))
+
+
+def write_scenes(task: tuple[Path, WorldSettings, str, range]) -> dict[str, tuple]:
+    """Render and write some scenes of a split; returns {id: (parts entry, caption entry)}."""
+    root, settings, split, indices = task
+    seed = len(SPLITS) * settings.seed + SPLITS.index(split)  # no two splits share a scene
+    scenes, written = render(seed, indices, settings.size), {}
+    for b, index in enumerate(indices):
+        name = f"{split}_{index:06d}"
+        entry = write_scene(root, name, {key: value[b] for key, value in scenes.items()})
+        things = scenes["attributes"][b]["things"]
+        written[name] = entry, {"caption": scenes["captions"][b], "things": things}
+    return written
+
+
+def write_lists(root: Path, settings: WorldSettings, key: str, written: dict[str, tuple]):
+    """Write all that is not one file per scene: splits, class lists, captions, meta.json."""
+    written = dict(sorted(written.items()))
+    for split in SPLITS:
+        parts = {name: entry for name, (entry, _) in written.items() if name.startswith(split)}
+        (root / f"ImageSets/Context/{split}.txt").write_text("".join(f"{n}\n" for n in parts))
+        (root / f"ImageSets/Parts/{split}.txt").write_text(json.dumps(parts))
+    context = {"wall": 1, "floor": 2}
+    context |= {f"{CLASSES[k // 16]} {k % 16}": k for k in range(32, 16 * len(CLASSES))}
+    content = {
+        "json/context_classes": context,
+        "json/nyu_classes": {n: k for n, k in context.items() if not n.startswith("plant")},
+        "json/pascal_part": {PERSON: PART_IDS},
+        "captions": {name: caption for name, (_, caption) in written.items()},
+        "meta": {"format": FORMAT, "key": key, "size": settings.size, "seed": settings.seed,
+                 "counts": {split: getattr(settings, split) for split in SPLITS},
+                 "classes": CLASSES, "parts": PARTS},
+    }
+    for name, value in content.items():
+        (root / f"{name}.json").write_text(json.dumps(value))
+
+
+def write_world(root: Path, settings: WorldSettings, key: str):
+    """Render every split into an empty folder, on all cores."""
+    for pattern in (*World.files.values(), "ImageSets/Context/.", "ImageSets/Parts/.", "json/."):
+        os.makedirs(root / os.path.dirname(pattern))
+    tasks = [(root, settings, split, range(getattr(settings, split))[first : first + 32])
+             for split in SPLITS for first in range(0, getattr(settings, split), 32)]
+    total = sum(getattr(settings, split) for split in SPLITS)
+    scenes = (scene for part in on_all_cores(write_scenes, tasks) for scene in part.items())
+    written = dict(track(scenes, f"rendering {settings.size} px", total))
+    write_lists(root, settings, key, written)
+
+
+def on_all_cores(function, tasks: list) -> Iterator:
+    """Yield function(task) in any order; few tasks stay here, a process takes seconds to start."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(cores, len(tasks) // 4)
+    if workers < 2:
+        yield from map(function, tasks)
+        return
+    # Spawned, not forked: a fork hangs once CUDA or threads have started.
+    with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
+        yield from pool.imap_unordered(function, tasks)
+
+
+def world_key(settings: WorldSettings) -> str:
+    """Hash all that decides the files: settings, file format, the renderer's own source."""
+    source = Path(__file__).read_text()
+    renderer = source.partition("# === rendered world")[2].partition("# === the world on disk")[0]
+    text = json.dumps([FORMAT, asdict(settings), renderer])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def render_world(root: str | Path | None = None, **settings: int) -> Path:
+    """Render the world unless it is there already; returns its folder.
+
+    root: where to put it; None: a folder of $PRISM_CACHE (default ~/.cache/prism), one per world.
+    settings: fields of WorldSettings. Raises ValueError if root holds anything else already.
+    """
+    settings = WorldSettings(**settings)
+    key = world_key(settings)
+    cache = Path(os.environ.get("PRISM_CACHE") or "~/.cache/prism").expanduser()
+    root = Path(root or cache / f"world-{settings.size}px-{key}")
+    if (root / "meta.json").exists() and load_json(root / "meta.json").get("key") == key:
+        return root
+    if root.exists() and any(root.iterdir()):
+        raise ValueError(f"{root} holds other files than this world; name another folder")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    scenes = settings.train + settings.val + settings.probe
+    need = scenes * (12 * settings.size**2 + 16384) / 2**30  # about 40 % more than measured
+    free = shutil.disk_usage(root.parent).free / 2**30
+    if need > free:
+        raise ValueError(f"{root.parent} has {free:.1f} GiB free, the world needs {need:.1f} GiB; "
+                         "set PRISM_CACHE to a larger disk")
+    # Renamed only when whole, so that an interrupted render is never taken for a world.
+    temporary = root.with_name(f".{root.name}.{uuid.uuid4().hex}")
+    try:
+        write_world(temporary, settings, key)
+        temporary.rename(root)
+    except OSError:
+        if not (root / "meta.json").exists():  # else another process was first, with the same
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return root
+
+
+# === readers ===
+
+
+def decode_file(path: Path, decode):
+    """Return decode(path); whatever goes wrong becomes one line that names the file."""
+    try:
+        return decode(path)
+    except FileNotFoundError:
+        note = "is missing; copy it there, see `python data.py --check ROOT`"
+        raise FileNotFoundError(f"{path} {note}") from None
+    except Exception as error:  # decoders raise whatever they like on damaged bytes
+        why = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path} cannot be decoded ({why}); put an intact copy there") from error
+
+
+def load_json(path: Path):
+    """Read a JSON file."""
+    return decode_file(path, lambda path: json.loads(path.read_text()))
+
+
+def load_picture(path: Path, mode: str | None = None) -> np.ndarray:
+    """Read an image as (H, W) or (H, W, 3) uint8; without a mode, palette files keep their ids."""
+    with Image.open(path) as picture:
+        return np.array(picture.convert(mode) if mode else picture)
+
+
+def load_objects(path: Path) -> list[tuple]:
+    """Read a PASCAL-Part file: (class index, mask (H, W) bool, [(part name, mask), ...]) each."""
+    objects = []
+    for item in loadmat(path)["anno"][0, 0]["objects"].ravel():
+        parts = item["parts"].ravel() if len(item["parts"]) else ()
+        parts = [(part["part_name"][0], part["mask"] > 0) for part in parts]
+        objects.append((int(item["class_ind"][0, 0]), item["mask"] > 0, parts))
+    return objects
+
+
+def load_human_parts(path: Path, shape: tuple[int, int]) -> np.ndarray:
+    """Paint the parts of all people, in file order, into an (H, W) uint8 map of 0..6."""
+    target = np.zeros(shape, np.uint8)
+    for index, _, parts in load_objects(path):
+        for name, mask in parts if index == PERSON else ():
+            target[mask] = PART_IDS[name]
+    return target
+
+
+def thinning_tables() -> np.ndarray:
+    """Tabulate the two deletion rules of Guo and Hall, (2, 256) bool.
+
+    Bits 0..7 of an index are the neighbours E, NE, N, NW, W, SW, S, SE (their x1..x8).
+    """
+    x = (np.arange(256) >> np.arange(8)[:, None] & 1).astype(bool)  # (8, 256)
+    after, before = np.roll(x, -1, 0), np.roll(x, 1, 0)
+    crossings = (~x & (after | np.roll(x, -2, 0)))[::2].sum(0)
+    pairs = np.minimum((x | after)[::2].sum(0), (x | before)[::2].sum(0))
+    either = (crossings == 1) & (pairs >= 2) & (pairs <= 3)
+    return np.stack([either & ~((x[1] | x[2] | ~x[7]) & x[0]),
+                     either & ~((x[5] | x[6] | ~x[3]) & x[4])])
+
+
+THINNING = thinning_tables()
+
+
+def thin(binary: np.ndarray) -> np.ndarray:
+    """Thin to lines one pixel wide: Guo-Hall, to convergence, as MATLAB's bwmorph(b, "thin", Inf).
+
+    binary: (H, W), non-zero = set. Returns (H, W) bool.
+    """
+    padded = np.pad(np.ascontiguousarray(binary) != 0, 1).astype(np.uint8)  # .mat arrays are not
+    flat, row = padded.reshape(-1), padded.shape[1]
+    neighbours = (1, 1 - row, -row, -1 - row, -1, row - 1, row, row + 1)
+    left, before = np.flatnonzero(flat), -1
+    while len(left) != before:  # only a full pair without any change ends it
+        before = len(left)
+        for table in THINNING:
+            code = sum(flat[left + offset] << bit for bit, offset in enumerate(neighbours))
+            flat[left[table[code]]] = 0
+            left = left[~table[code]]
+    return padded[1:-1, 1:-1] > 0
+
+
+def boundary_label(labelmap: np.ndarray) -> np.ndarray:
+    """Draw the training label of `edge`, (H, W) uint8 {0, 1}, from a LabelMap (H, W).
+
+    A true Laplacian, as in the released code: a column one pixel wide whose id is the mean of its
+    two neighbours' goes unmarked. The border mirrors without repeating the outermost pixel.
+    """
+    around = np.pad(labelmap.astype(np.int64), 1, mode="reflect")
+    cross = around[:-2, 1:-1] + around[2:, 1:-1] + around[1:-1, :-2] + around[1:-1, 2:]
+    return thin(cross - 4 * around[1:-1, 1:-1]).astype(np.uint8)
+
+
+def sample_paths(root: Path, files: dict[str, str], name: str) -> dict[str, Path]:
+    """Return the files of a sample; where semseg/VOC12 has it, that is its semseg."""
+    paths = {key: root / pattern.format(name) for key, pattern in files.items()}
+    better = root / f"semseg/VOC12/{name}.png"
+    return paths | {"semseg": better} if better.exists() else paths
+
+
+def missing_files(root: Path, files: dict[str, str], ids: list[str]) -> dict[str, list[Path]]:
+    """List the files of a split that are not there, under the keys of `files`."""
+    missing = {key: [] for key in files}
+    for name in ids:
+        for key, path in sample_paths(root, files, name).items():
+            if not path.exists():
+                missing[key].append(path)
+    return missing
+
+
+class Samples(Dataset):
+    """Indexing shared by all data sets; a subclass gives ids and `decode(name, labels)`.
+
+    dataset[i]: sample i whole, padded to `size`. dataset[(i, step, slot)], what the loader asks
+    for: if `train`, a random view that depends on (seed, step, slot) alone; else as dataset[i].
+    """
+
+    def __init__(
+        self, ids: list[str],
+        size: int | tuple[int, int],  # of what networks see, pixels
+        train: bool = False, seed: int = 0,
+        view: Literal["multitask", "distill"] = "multitask",  # distill: the image alone
+        crop_scale: tuple[float, float] = (0.08, 1.0),  # share of the area in the distill view
+        cache: bool = False,  # keep decoded samples in memory
+    ):
+        if view not in ("multitask", "distill"):
+            raise ValueError(f'view "{view}" is unknown; use "multitask" or "distill"')
+        self.ids, self.train, self.seed, self.view = ids, train, seed, view
+        self.size = (size, size) if isinstance(size, int) else tuple(size)
+        self.crop_scale, self._cache = crop_scale, {} if cache else None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def decode(self, name: str, labels: bool) -> dict:
+        raise NotImplementedError
+
+    def read(self, i: int, labels: bool = True) -> dict:
+        """Return sample i as numpy arrays before any transform; without labels, its image alone."""
+        if self._cache is None:
+            return self.decode(self.ids[i], labels)
+        if (i, labels) not in self._cache:
+            self._cache[i, labels] = self.decode(self.ids[i], labels)
+        return dict(self._cache[i, labels])
+
+    def __getitem__(self, key: int | tuple[int, int, int]) -> dict:
+        i, *place = key if isinstance(key, tuple) else (key,)
+        sample = self.read(i, labels=not place or self.view == "multitask")
+        if place and self.train:
+            rng = np.random.default_rng((self.seed, *place))
+            sample |= (multitask_view(sample, self.size, rng) if self.view == "multitask" else
+                       distill_view(sample["image"], self.size, rng, self.crop_scale))
+        return {**to_tensors(sample, self.size), "name": sample["name"]}
+
+    def __getitems__(self, keys: list) -> list | Exception:
+        """Fetch a batch; an error is returned, as a loader buries what its workers raise."""
+        try:
+            return [self[key] for key in keys]
+        except (ValueError, OSError) as error:
+            return error
+
+
+class PascalContext(Samples):
+    """PASCAL-Context with its five tasks; every label file of every id must be there.
+
+    train: None means "is this the split called train". Further options as Samples.
+    Raises FileNotFoundError or ValueError, one line that names the file.
+    """
+
+    kind = "pascal"
+    files = FILES
+    classes = {"semseg": PASCAL_CLASSES, "human_parts": PARTS}
+    max_dist = 0.0075  # tolerance of boundary scores, share of the image diagonal
+
+    def __init__(self, root: str | Path, split: str, size: int | tuple[int, int] | None = None,
+                 train: bool | None = None, seed: int = 0, **options):
+        self.root, self.split = Path(root), split
+        self.source = f"{self.kind}:{self.root.resolve()}"  # what open_data takes
+        listed = self.root / f"ImageSets/Context/{split}.txt"
+        if not listed.exists():
+            known = ", ".join(sorted(path.stem for path in listed.parent.glob("*.txt"))) or "none"
+            raise FileNotFoundError(f"{listed} is missing; splits of this folder: {known}")
+        train = split == "train" if train is None else train
+        super().__init__(listed.read_text().split(), size or (512, 512), train, seed, **options)
+        missing = sum(missing_files(self.root, self.files, self.ids).values(), [])
+        if missing:
+            raise FileNotFoundError(f"{missing[0]} is missing, {len(missing)} files in all; "
+                                    f"see `python data.py --check {self.root}`")
+        self.tasks = {task: row.channels or len(self.classes[task])
+                      for task, row in TASKS.items() if task in (*self.files, "edge")}
+        self.valid_normals, self.part_lists = self.read_valid_normals(), self.read_part_lists()
+
+    def read_valid_normals(self) -> list[int]:
+        """Return the LabelMap ids whose normals count: classes that NYUD knows too, 170 of 459."""
+        context = load_json(self.root / "json/context_classes.json")
+        shared = set(context) & set(load_json(self.root / "json/nyu_classes.json"))
+        shared |= {"tvmonitor"} & set(context)  # NYUD says "television"
+        return [context[name] for name in shared - {"unknown"}]
+
+    def read_part_lists(self) -> dict[str, list[int]]:
+        """Return the objects of each image; from the part files if the list does not fit."""
+        path = self.root / f"ImageSets/Parts/{self.split}.txt"
+        lists = load_json(path) if path.exists() else {}
+        if set(lists) != set(self.ids):
+            print(f"{path} does not list this split; building the list from {len(self)} files")
+            files = [self.root / self.files["human_parts"].format(name) for name in self.ids]
+            lists = {path.stem: [index if mask.any() else -1 for index, mask, _
+                                 in decode_file(path, load_objects)] for path in files}
+        return lists
+
+    def decode(self, name: str, labels: bool) -> dict:
+        path = sample_paths(self.root, self.files, name)
+        image = decode_file(path["image"], lambda path: load_picture(path, "RGB"))
+        return {"image": image, **(self.decode_labels(path, image.shape[:2], name) if labels else {}),
+                "name": name}
+
+    def decode_labels(self, path: dict[str, Path], shape: tuple[int, int], name: str) -> dict:
+        """Read every label of an image of that (H, W)."""
+
+        def load(key, decode):
+            array = decode_file(path[key], decode)
+            if array.shape[:2] != shape:
+                raise ValueError(f"{path[key]} has size {array.shape[:2]}, its image {shape}; "
+                                 "put the matching label there")
+            return array
+
+        labelmap = load("labelmap", lambda path: loadmat(path)["LabelMap"].astype(np.int32))
+        normals = load("normals", lambda path: load_picture(path, "RGB"))
+        normals = np.float32(2) * normals / np.float32(255) - 1  # not renormalised, as released
+        normals[~np.isin(labelmap, self.valid_normals)] = 0
+        labels = {
+            "semseg": load("semseg", load_picture),
+            "human_parts": np.zeros(shape, np.uint8),
+            "normals": normals,
+            "edge": boundary_label(labelmap),
+            "sal": (load("sal", lambda path: load_picture(path, "L")) >= 128).astype(np.uint8),
+            "labelmap": labelmap,
+        }
+        if PERSON in self.part_lists[name]:
+            labels["human_parts"] = load("human_parts", lambda path: load_human_parts(path, shape))
+        return labels | ({"depth": load("depth", np.load)} if "depth" in path else {})
+
+
+class World(PascalContext):
+    """The rendered world: all six tasks, captions, and LabelMaps that are instance maps.
+
+    cache: None means "if the split takes less than 1 GiB".
+    """
+
+    kind = "world"
+    files = {**FILES, "depth": "depth/{}.npy"}
+    max_dist = 0.016  # the 8 neighbours at 64 px
+
+    def __init__(self, root: str | Path, split: str, size: int | tuple[int, int] | None = None,
+                 train: bool | None = None, seed: int = 0, cache: bool | None = None, **options):
+        meta = load_json(Path(root) / "meta.json")
+        self.classes = {"semseg": meta["classes"], "human_parts": meta["parts"]}
+        size = size or meta["size"]
+        if cache is None:  # 28 bytes per pixel
+            cache = meta["counts"].get(split, 0) * meta["size"] ** 2 * 28 < 2**30
+        super().__init__(root, split, size, train, seed, cache=cache, **options)
+        self.captions = load_json(self.root / "captions.json")
+
+    def decode(self, name: str, labels: bool) -> dict:
+        sample = super().decode(name, labels) | self.captions[name]
+        return sample | ({"instance": sample["labelmap"]} if labels else {})
+
+
+def open_data(spec: str, split: str, **options) -> Samples:
+    """Open a split of "world" (rendered once, at `size`), "world:/path" or "pascal:/path".
+
+    options: as World and PascalContext take them. Raises ValueError for any other spec.
+    """
+    kind, _, root = spec.partition(":")
+    if kind == "world":
+        root = Path(root).expanduser() if root else render_world(size=options.get("size") or WorldSettings.size)
+        return World(root, split, **options)
+    if kind == "pascal" and root:
+        return PascalContext(Path(root).expanduser(), split, **options)
+    raise ValueError(f'data "{spec}" is unknown; use "world", "world:/path" or "pascal:/path"')
+
+
+# === transforms ===
+
+MEAN_COLOUR = (0.485, 0.456, 0.406)  # fill of padding: ImageNet's, zero once normalised
+
+
+def nearest(target: int, source: int) -> np.ndarray:
+    """Return the source pixel (target,) int64 of each pixel when an axis is resized.
+
+    The double division is OpenCV's INTER_NEAREST to the last pixel; i * source / target is not.
+    """
+    pixels = np.floor(np.arange(target) * (1.0 / (target / source))).astype(np.int64)
+    return np.minimum(pixels, source - 1)
+
+
+def bilinear(image: np.ndarray, rows: np.ndarray, columns: np.ndarray, tall: int, wide: int):
+    """Resize to (tall, wide) as OpenCV's INTER_LINEAR, but work out only those rows and columns.
+
+    image: (H, W, 3) uint8. Returns (len(rows), len(columns), 3) float32 in [0, 255].
+    """
+    image = image.astype(np.float32)
+    for axis, places, target in (0, rows, tall), (1, columns, wide):
+        last = image.shape[axis] - 1
+        at = np.clip((places + 0.5) * ((last + 1) / target) - 0.5, 0, last)
+        low = at.astype(np.int64)
+        share = (at - low).astype(np.float32).reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
+        high = image.take(np.minimum(low + 1, last), axis)
+        image = image.take(low, axis) * (1 - share) + high * share
+    return image
+
+
+def choose_crop(semseg: np.ndarray | None, row_of: np.ndarray, column_of: np.ndarray,
+                size: tuple[int, int], rng: np.random.Generator):
+    """Draw a crop in which no class fills 75 %; the 11th draw is taken as it comes.
+
+    row_of, column_of: source pixel of each row and column of the resized image.
+    Returns the crop's rows and columns of the resized image, all of them where it is too small.
+    """
+    for _ in range(11):
+        rows, columns = (
+            np.arange(length)[start : start + side]
+            for length, side in zip((len(row_of), len(column_of)), size, strict=True)
+            for start in [rng.integers(max(length - side, 0) + 1)]
+        )
+        if semseg is None:
+            break
+        crop = semseg.take(row_of[rows], 0).take(column_of[columns], 1)
+        pixels = np.bincount(crop.ravel(), minlength=256)[:IGNORE]
+        if np.count_nonzero(pixels) > 1 and pixels.max() < 0.75 * pixels.sum():
+            break
+    return rows, columns
+
+
+def to_uint8(values: np.ndarray) -> np.ndarray:
+    """Clip to [0, 255] and cut off the decimals."""
+    return np.clip(values, 0, 255).astype(np.uint8)
+
+
+def rgb_to_hsv(image: np.ndarray) -> np.ndarray:
+    """Convert (H, W, 3) uint8 RGB to OpenCV's 8-bit HSV, (3, H, W) uint8, hue in 0..179."""
+    red, green, blue = image.transpose(2, 0, 1).astype(np.float32, order="C")  # (H, W) each
+    value = np.maximum(np.maximum(red, green), blue)
+    spread = value - np.minimum(np.minimum(red, green), blue)
+    step = 30 / np.maximum(spread, 1)
+    hue = np.where(value == green, 60 + step * (blue - red), 120 + step * (red - green))
+    hue = np.rint(np.where(value == red, step * (green - blue), hue))
+    saturation = np.rint(255 * spread / np.maximum(value, 1))
+    return np.stack([np.where(hue < 0, hue + 180, hue), saturation, value]).astype(np.uint8)
+
+
+def hsv_to_rgb(hsv: np.ndarray) -> np.ndarray:
+    """Convert 8-bit HSV (3, H, W) to (H, W, 3) uint8 RGB, cutting off decimals as OpenCV does."""
+    hue, saturation, value = hsv.astype(np.float32)  # (H, W) each
+    sector = np.array([5, 3, 1], np.float32)[:, None, None] + hue / 30  # (3, H, W)
+    sector -= 6 * (sector >= 6)
+    share = np.clip(np.minimum(sector, 4 - sector), 0, 1)
+    return (value - value * saturation / 255 * share).transpose(1, 2, 0).astype(np.uint8)
+
+
+def distort_colours(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Change brightness, contrast, saturation and hue at random, (H, W, 3) uint8 to the same.
+
+    The trip to HSV and back is always made, as in the released code; it moves colours by 0.5 of
+    255 on average.
+    """
+
+    def stretch(values):
+        return to_uint8(values * np.float32(rng.uniform(0.5, 1.5))) if rng.random() < 0.5 else values
+
+    if rng.random() < 0.5:
+        image = to_uint8(image + np.float32(rng.uniform(-32, 32)))
+    contrast_first = rng.random() < 0.5
+    hsv = rgb_to_hsv(stretch(image) if contrast_first else image)
+    hsv[1] = stretch(hsv[1])
+    if rng.random() < 0.5:
+        hsv[0] = (hsv[0].astype(np.int16) + rng.integers(-18, 18)) % 180
+    image = hsv_to_rgb(hsv)
+    return image if contrast_first else stretch(image)
+
+
+def multitask_view(sample: dict, size: tuple[int, int], rng: np.random.Generator) -> dict:
+    """Scale by 0.5 to 2, crop, flip and distort a sample of `read`; not yet padded.
+
+    Enlarging brings things nearer, so depth is divided by the scale; a mirror turns normals in x.
+    """
+    h, w = sample["image"].shape[:2]
+    scale = rng.uniform(0.5, 2.0)
+    tall, wide = int(h * scale), int(w * scale)
+    row_of, column_of = nearest(tall, h), nearest(wide, w)
+    rows, columns = choose_crop(sample.get("semseg"), row_of, column_of, size, rng)
+    flip = rng.random() < 0.5
+    columns = columns[::-1] if flip else columns
+    view = {key: sample[key].take(row_of[rows], 0).take(column_of[columns], 1)
+            for key in TASKS if key in sample}
+    if "depth" in view:
+        view["depth"] /= np.float32(scale)
+    if "normals" in view and flip:
+        view["normals"][..., 0] *= -1
+    image = bilinear(sample["image"], rows, columns, tall, wide).astype(np.uint8)
+    return {**view, "image": distort_colours(image, rng)}
+
+
+def distill_view(image: np.ndarray, size: tuple[int, int], rng: np.random.Generator,
+                 scale: tuple[float, float]) -> dict:
+    """Crop `scale` of the area of an (H, W, 3) uint8 image at 3:4 to 4:3, resize to `size`, flip.
+
+    After ten draws that do not fit, the largest centred crop of an allowed ratio is taken.
+    """
+    h, w = image.shape[:2]
+    for _ in range(10):
+        area, ratio = h * w * rng.uniform(*scale), (4 / 3) ** rng.uniform(-1, 1)
+        wide, tall = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < wide <= w and 0 < tall <= h:
+            top, left = rng.integers(h - tall + 1), rng.integers(w - wide + 1)
+            break
+    else:
+        wide, tall = min(w, round(h * 4 / 3)), min(h, round(w * 4 / 3))
+        top, left = (h - tall) // 2, (w - wide) // 2
+    crop = Image.fromarray(image[top : top + tall, left : left + wide])
+    image = np.asarray(crop.resize(size[::-1], Image.Resampling.BILINEAR))  # antialiased
+    return {"image": image[:, ::-1] if rng.random() < 0.5 else image}
+
+
+def pad(array: np.ndarray, size: tuple[int, int], fill: float | tuple) -> np.ndarray:
+    """Pad (h, w, ...) to at least `size`; the odd row or column goes to the bottom or right."""
+    h, w = array.shape[:2]
+    tall, wide = max(h, size[0]), max(w, size[1])
+    top, left = (tall - h) // 2, (wide - w) // 2
+    padded = np.empty((tall, wide, *array.shape[2:]), array.dtype)
+    padded[:] = fill
+    padded[top : top + h, left : left + w] = array
+    return padded
+
+
+def to_tensors(sample: dict, size: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """Pad a sample of numpy arrays, mark what is to be ignored with 255, and make it tensors."""
+    out = {"image": pad(sample["image"].astype(np.float32) / 255, size, MEAN_COLOUR)}
+    out |= {key: pad(sample[key], size, row.unknown) for key, row in TASKS.items() if key in sample}
+    if "normals" in out:
+        out["normals"][~out["normals"].any(-1)] = IGNORE
+    if "depth" in out:
+        out["depth"][out["depth"] == 0] = IGNORE
+    if "human_parts" in out and not (out["human_parts"] % IGNORE).any():  # all 0 or 255
+        out["human_parts"][:] = IGNORE  # no part in sight: nothing to learn from or to score
+    for key, array in out.items():
+        kind = np.int64 if key in ("semseg", "human_parts", "sal") else np.float32
+        array = array.transpose(2, 0, 1) if array.ndim == 3 else array  # (3, S, S)
+        out[key] = torch.from_numpy(np.ascontiguousarray(array, kind))
+    return out
+
+
+# === loader ===
+
+
+def sample_order(length: int, batch_size: int, steps: range, seed: int, rank: int, world_size: int):
+    """Yield the samples [(index, step, slot), ...] of each step: a function of (seed, step) alone.
+
+    The order is an endless chain of shuffled epochs; each rank takes its own run of slots.
+    """
+    epoch = -1
+    for step in steps:
+        batch = []
+        for slot in range(rank * batch_size, (rank + 1) * batch_size):
+            now, place = divmod(step * batch_size * world_size + slot, length)
+            if now != epoch:  # the last word keeps this stream apart from those of the samples
+                epoch, rng = now, np.random.default_rng((seed, now, 2**32 - 1))
+                permutation = rng.permutation(length).tolist()
+            batch.append((permutation[place], step, slot))
+        yield batch
+
+
+def collate(samples: list | Exception) -> dict | Exception:
+    """Stack samples, or pass on the error that they met with."""
+    return samples if isinstance(samples, Exception) else default_collate(samples)
+
+
+def batches(dataset: Samples, batch_size: int, steps: int, start: int = 0, seed: int = 0,
+            rank: int = 0, world_size: int = 1, workers: int = 0) -> Iterator[dict]:
+    """Yield the batches of steps start .. steps - 1: tensors stacked, names as a list.
+
+    batch_size: images per process. Ranks and workers of any number, and a run resumed at any
+    `start`, see what one process with batch_size * world_size would have seen.
+    Raises ValueError or FileNotFoundError, one line that names the file.
+    """
+    if not len(dataset):
+        raise ValueError("the data set has no samples; check the file that lists its split")
+    order = sample_order(len(dataset), batch_size, range(start, steps), seed, rank, world_size)
+    loader = DataLoader(
+        dataset, batch_sampler=order, num_workers=workers, collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # its own, else starting it would draw from the global one
+    )
+    for batch in loader:
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
+
+
+# === pictures, folder check, command line ===
+
+NEUTRAL = (128, 128, 128)  # where nothing is known
+COLOURS_OF = {
+    "semseg": "3b4252 d8c39a e6194b 3cb44b ffe119 4363d8 f58231 911eb4 46f0f0 f032e6 9acd32 fabed4 "
+              "008080 a0522d dcbeff 800000 aaffc3 808000 ffd8b1 000075 ffffff",
+    "human_parts": "20242c e6194b 4363d8 f5a231 ffe119 3cb44b 9ff59f",
+    "depth": "fde725 5ec962 21918c 3b528b 440154",  # near to far: viridis, reversed
+}
+
+
+def palette(task: str) -> np.ndarray:
+    """Return a task's fixed colours, (n, 3) uint8."""
+    return np.array([tuple(bytes.fromhex(text)) for text in COLOURS_OF[task].split()], np.uint8)
+
+
+def known_range(depth: np.ndarray) -> tuple[float, float]:
+    """Return the least and the greatest known depth of a map in metres."""
+    known = depth[(depth > 0) & (depth != IGNORE)]
+    return (known.min(), known.max()) if known.size else (0.0, 1.0)
+
+
+def colourise(task: str, array: np.ndarray, limits: tuple[float, float] | None = None):
+    """Draw a label or a prediction as (H, W, 3) uint8; ignored and unknown pixels come grey.
+
+    array: semseg, human_parts (H, W) class ids; sal, edge (H, W) in [0, 1]; normals (H, W, 3),
+    unit; depth (H, W) metres. limits: ends of the depth ramp in metres, default the map's own.
+    """
+    array = np.asarray(array)
+    known = array != IGNORE
+    if task in ("semseg", "human_parts"):
+        colours = palette(task)
+        shade = 0.6 ** (array // len(colours))  # past the list, colours come again, darker
+        picture = colours[array % len(colours)] * shade[..., None]
+    elif task == "normals":
+        known = known.all(-1) & array.any(-1)
+        picture = np.clip((array + 1) * 127.5, 0, 255)
+    elif task == "depth":
+        known &= array > 0
+        colours, ends = palette(task), limits or known_range(array)
+        stops = np.linspace(*ends, len(colours))
+        picture = np.stack([np.interp(array, stops, channel) for channel in colours.T], -1)
+    else:
+        picture = np.repeat(array[..., None] * 255.0, 3, -1)
+    return np.where(known[..., None], picture, NEUTRAL).astype(np.uint8)
+
+
+def contact_sheet(dataset: PascalContext, rows: int, cell: int = 192) -> Image.Image:
+    """Draw samples as rows, image and labels as columns, class colours below."""
+    columns, rows = ["image", *dataset.tasks], max(min(rows, len(dataset)), 1)
+    sheet = Image.new("RGB", (len(columns) * (cell + 6), 90 + rows * (cell + 22)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for row in range(rows):
+        sample, top = dataset.read(row * (len(dataset) // rows)), 22 + row * (cell + 22)
+        words = [sample["name"], sample.get("caption", "")]
+        if "depth" in sample:
+            words.insert(1, "depth {:.1f}-{:.1f} m".format(*known_range(sample["depth"])))
+        draw.text((4, top + cell + 1), "   ".join(words), "black", font)
+        for column, key in enumerate(columns):
+            draw.text((column * (cell + 6) + 4, 2), key, "black", font)
+            picture = sample[key] if key == "image" else colourise(key, sample[key])
+            height, width = (side * cell // max(picture.shape) for side in picture.shape[:2])
+            small = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(small, (column * (cell + 6), top))
+    x, y = 4, 26 + rows * (cell + 22)
+    for task, names in dataset.classes.items():
+        for k, name in enumerate(names):
+            colour = tuple(colourise(task, np.array([[k]]))[0, 0].tolist())
+            draw.rectangle((x, y, x + 14, y + 14), colour, "black")
+            draw.text((x + 18, y - 2), name, "black", font)
+            x += 34 + round(draw.textlength(name, font))
+        x, y = 4, y + 24
+    return sheet
+
+
+def guess_spec(root: Path) -> str:
+    """Turn a folder into a spec of `open_data`."""
+    return f"{'world' if (root / 'meta.json').exists() else 'pascal'}:{root}"
+
+
+def check(root: Path) -> bool:
+    """Count the files of every split, decode a sample of every label; True if all is there."""
+    spec, complete = guess_spec(root), True
+    listed = sorted((root / "ImageSets/Context").glob("*.txt"))
+    if not listed:
+        raise FileNotFoundError(f"{root}/ImageSets/Context lists no split; name the PASCALContext "
+                                "folder, or a rendered world's")
+    print(f"{spec}: laid out as the PASCAL-Context archive of SAK, PRISM and InvPT")
+    for path in listed:
+        ids = path.read_text().split()
+        files = World.files if spec.startswith("world") else FILES
+        for key, missing in missing_files(root, files, ids).items():
+            note = f"  missing {missing[0]}, ..." if missing else ""
+            print(f"{path.stem:8} {key:12} {len(ids) - len(missing)} of {len(ids)}{note}")
+            complete &= not missing
+    if not complete:
+        print("delete the folder and render it again" if spec.startswith("world") else
+              "get PASCALContext from Google Drive, id 1TWZydr5_r4hKDM5Zyzrcq712Stg2cw7p")
+        return False
+    for key, value in open_data(spec, listed[0].stem).read(0).items():
+        if isinstance(value, np.ndarray):
+            print(f"{key:12} {value.shape!s:14} {value.dtype!s:8} {value.min():g} .. {value.max():g}")
+    return True
+
+
+@dataclass
+class Args:
+    show: str = "world"  # draw this: world, a folder, world:/path or pascal:/path
+    split: str = "train"  # split to draw
+    rows: int = 8  # samples to draw
+    out: Path = Path("contact_sheet.png")  # picture to write
+    check: Path | None = None  # check this folder, draw nothing
+    debug: bool = False  # show tracebacks
+
+
+def main(args: Args) -> int:
+    if args.check:
+        return 0 if check(args.check) else 1
+    spec = guess_spec(Path(args.show)) if Path(args.show).is_dir() else args.show
+    dataset = open_data(spec, args.split)
+    contact_sheet(dataset, args.rows).save(args.out)
+    print(f"{args.out}: {min(args.rows, len(dataset))} of {len(dataset)} samples of {dataset.root}")
+    return 0
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    try:
+        sys.exit(main(args))
+    except (ValueError, OSError) as error:
+        if args.debug:
+            raise
+        sys.exit(f"{type(error).__name__}: {error}")

@@ -1,0 +1,725 @@
+"""Score a student: metrics of every task, Delta_m, what its routers do, pictures.
+
+    python eval.py --ckpt out/prism.pt
+
+| task        | metric                         | unit       | better        | protocol |
+|-------------|--------------------------------|------------|---------------|----------|
+| semseg      | mIoU over all classes          | %          | higher        | sak      |
+| human_parts | mIoU, parts and background     | %          | higher        | sak      |
+| sal         | maxF (beta^2 = 0.3), mIoU      | %          | higher        | sak      |
+| normals     | mean angle                     | degrees    | lower         | sak      |
+|             | median; within 11.25, 22.5, 30 | degrees; % | lower; higher | astmt    |
+| edge        | odsF                           | %          | higher        | simple   |
+| depth       | RMSE                           | metres     | lower         | sak      |
+|             | delta1: ratio below 1.25       | %          | higher        | eigen    |
+
+`sak` is the protocol of SAK's and PRISM's code, so of the published tables. `simple` is not
+comparable with a published odsF: see `BoundaryF`. Sums are pooled over the whole dataset in int64 or
+float64, so neither the order of the images nor the number of processes matters.
+
+Predictions are final maps: class ids, probabilities in [0, 1] of saliency and boundary, normals,
+metres. Targets are what `dataset.read(i)` or `dataset[i]` give: 255 = ignore, and so are zero normals
+and zero depth. Both are numpy arrays or tensors, one image (H, W) or a batch (B, H, W).
+"""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.table import Column, Table
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import maximum_flow
+from torch import Tensor
+
+import data
+import prism
+
+COLUMNS = {  # metric -> unit, better is, protocol
+    "miou": ("%", "higher", "sak"),
+    "maxf": ("%", "higher", "sak"),
+    "mean": ("degrees", "lower", "sak"),
+    "median": ("degrees", "lower", "astmt"),
+    **{f"within_{degrees}": ("%", "higher", "astmt") for degrees in ("11.25", "22.5", "30")},
+    "odsf": ("%", "higher", "simple"),
+    "threshold": ("probability", "-", "simple"),
+    "precision": ("%", "higher", "simple"),
+    "recall": ("%", "higher", "simple"),
+    "rmse": ("metres", "lower", "sak"),
+    "delta1": ("%", "higher", "eigen"),
+}
+console = Console()
+
+# --------------------------------------------------------------------------------------------- metrics
+
+
+class Metric:
+    """Add up counts over images; `state` and `merge` carry them between processes."""
+
+    def __init__(self, **sums: np.ndarray):
+        self.sums = sums
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Copy the sums, to send to another process."""
+        return {name: values.copy() for name, values in self.sums.items()}
+
+    def merge(self, state: dict[str, np.ndarray]) -> None:
+        """Add the sums that another process took over other images."""
+        for name, values in self.sums.items():
+            values += state[name]
+
+
+class MeanIoU(Metric):
+    """Intersection over union of semseg and human_parts (SAK)."""
+
+    def __init__(self, num_classes: int):
+        super().__init__(confusion=zeros(num_classes, num_classes))  # target x prediction
+
+    def update(self, prediction, target) -> None:
+        """Count prediction and target ([B,] H, W), class ids; target 255 = ignore."""
+        prediction, target = as_arrays(prediction, target)
+        valid, n = target != data.IGNORE, len(self.sums["confusion"])
+        prediction, target = prediction[valid].astype(np.int64), target[valid].astype(np.int64)
+        for name, ids in (("prediction", prediction), ("target", target)):
+            if ids.size and not 0 <= ids.min() <= ids.max() < n:
+                raise ValueError(f"{name} has class ids {ids.min()}..{ids.max()} for {n} classes; "
+                                 f"pass ids 0..{n - 1}, {data.IGNORE} = ignore")
+        pairs = np.bincount(target * n + prediction, minlength=n * n)
+        self.sums["confusion"] += pairs.reshape(n, n)
+
+    def compute(self) -> dict:
+        """Return `miou` and `per_class` in percent; a class that never occurs is 0 and counts."""
+        confusion = self.sums["confusion"]
+        hit = confusion.diagonal()
+        union = confusion.sum(0) + confusion.sum(1) - hit
+        iou = 100 * hit / np.maximum(union, 1e-8)
+        return {"miou": float(iou.mean()), "per_class": iou.tolist()}
+
+
+class MaxF(Metric):
+    """Best F measure of saliency over 19 thresholds (SAK)."""
+
+    thresholds = torch.arange(0.05, 1, 0.05).numpy()  # float32 to the last bit as SAK's
+
+    def __init__(self):
+        super().__init__(hit=zeros(19), predicted=zeros(19), salient=zeros(), images=zeros(),
+                         iou=np.zeros(19))
+
+    def update(self, prediction, target) -> None:
+        """Count prediction ([B,] H, W), probability in [0, 1]; target the same, {0, 1, 255}."""
+        for p, t in images_of(prediction, target):
+            valid = t != data.IGNORE
+            if not valid.any():
+                continue
+            level, salient = levels(p[valid], self.thresholds), t[valid] == 1
+            predicted, hit = reaching(level), reaching(level[salient])  # (19,) each
+            union = predicted + salient.sum() - hit
+            self.sums["hit"] += hit
+            self.sums["predicted"] += predicted
+            self.sums["salient"] += salient.sum()
+            self.sums["images"] += 1
+            # Theirs: ZeroDivisionError where nothing is salient or predicted. Ours: agreement, 1.
+            self.sums["iou"] += np.where(union == 0, 1, hit / np.maximum(union, 1))
+
+    def compute(self) -> dict:
+        """Return `maxf` (of the summed counts) and `miou` (mean over images) in percent."""
+        hit = self.sums["hit"]
+        precision = hit / (self.sums["predicted"] + 1e-8)
+        recall = hit / (self.sums["salient"] + 1e-8)
+        f = 1.3 * precision * recall / (0.3 * precision + recall + 1e-8)
+        iou = self.sums["iou"] / max(self.sums["images"], 1)
+        return {"maxf": float(100 * f.max()), "miou": float(100 * iou.max())}
+
+
+class NormalError(Metric):
+    """Angle between normals, pooled over pixels (mean: SAK; the rest: ASTMT)."""
+
+    BIN = 0.01  # degrees; the median is read off a histogram this fine and errs by less
+    LIMITS = (11.25, 22.5, 30)
+
+    def __init__(self):
+        super().__init__(bins=zeros(round(180 / self.BIN)), within=zeros(3), total=np.zeros(()))
+
+    def update(self, prediction, target) -> None:
+        """Count prediction and target ([B,] H, W, 3) or ([B,] 3, H, W), of any length.
+
+        Target vectors that are zero, or 255 in a channel, are ignored.
+        """
+        prediction, target = as_arrays(channels_last(prediction), channels_last(target))
+        valid = (target != data.IGNORE).all(-1) & (target != 0).any(-1)
+        p, t = (unit(x[valid].astype(np.float64)) for x in (prediction, target))  # (pixels, 3)
+        # acos of the dot product would lose small angles to rounding
+        half = np.arctan2(np.linalg.norm(p - t, axis=1), np.linalg.norm(p + t, axis=1))
+        angle = np.degrees(2 * half)  # (pixels,)
+        bins = len(self.sums["bins"])
+        index = np.minimum(angle / self.BIN, bins - 1).astype(np.int64)
+        self.sums["bins"] += np.bincount(index, minlength=bins)
+        self.sums["within"] += [(angle < limit).sum() for limit in self.LIMITS]
+        self.sums["total"] += angle.sum()
+
+    def compute(self) -> dict:
+        """Return `mean`, `median` in degrees, `within_*` in percent; nan without a valid pixel."""
+        pixels = self.sums["bins"].sum()
+        within = [ratio(100 * count, pixels) for count in self.sums["within"]]
+        return {"mean": ratio(self.sums["total"], pixels),
+                "median": self.BIN * median_bin(self.sums["bins"]) if pixels else math.nan,
+                **{f"within_{x:g}": share for x, share in zip(self.LIMITS, within, strict=True)}}
+
+
+class DepthRMSE(Metric):
+    """Error of depth, pooled over pixels (rmse: SAK)."""
+
+    def __init__(self):
+        super().__init__(close=zeros(), pixels=zeros(), squares=np.zeros(()))
+
+    def update(self, prediction, target) -> None:
+        """Count prediction and target ([B,] H, W) in metres; target outside (0, 80) is ignored."""
+        prediction, target = as_arrays(prediction, target)
+        valid = (target > 0) & (target < 80)
+        t = target[valid].astype(np.float64)
+        p = np.maximum(prediction[valid].astype(np.float64), 1e-9)
+        self.sums["squares"] += np.square(p - t).sum()
+        self.sums["close"] += (np.maximum(p / t, t / p) < 1.25).sum()
+        self.sums["pixels"] += valid.sum()
+
+    def compute(self) -> dict:
+        """Return `rmse` in metres and `delta1` in percent; nan without a valid pixel."""
+        squares, close, pixels = (self.sums[name] for name in ("squares", "close", "pixels"))
+        return {"rmse": math.sqrt(ratio(squares, pixels)), "delta1": ratio(100 * close, pixels)}
+
+
+class BoundaryF(Metric):
+    """Best F measure of boundaries over the dataset, pixels matched one to one.
+
+    What runs is "simple", whatever protocol is asked for: 19 thresholds 0.05..0.95, thinning,
+    largest matching. Smoothing, non-maximum suppression and 99 thresholds, for "sak", are not here.
+    """
+
+    thresholds = np.arange(1, 20, dtype=np.float32) / 20
+
+    def __init__(self, max_dist: float, protocol: str = "sak"):
+        if protocol not in ("sak", "simple"):
+            raise ValueError(f"boundary protocol {protocol!r} is not known; use sak or simple")
+        super().__init__(counts=zeros(len(self.thresholds), 4))
+        self.max_dist = max_dist  # share of the image's diagonal
+
+    def update(self, prediction, target) -> None:
+        """Count prediction ([B,] H, W), in [0, 1] or uint8; target ([B,] H, W), a label map."""
+        for p, labels in images_of(prediction, target):
+            p = p / np.float32(255) if p.dtype == np.uint8 else p
+            level, truth = levels(p, self.thresholds), data.thin(seg2bmap(labels))
+            radius = self.max_dist * math.hypot(*truth.shape)
+            for k in range(len(self.thresholds)):
+                if k == 0 or (level == k).any():  # else the same pixels as at the threshold before
+                    thinned = data.thin(level > k)
+                    matched = match(thinned, truth, radius)
+                self.sums["counts"][k] += [matched, truth.sum(), matched, thinned.sum()]
+
+    def compute(self) -> dict:
+        """Return `odsf`, `precision`, `recall` in percent, `threshold`, and `counts`, thresholds x
+        (matched recall, ground truth, matched precision, predicted)."""
+        matched_r, truth, matched_p, predicted = self.sums["counts"].T  # (19,) each
+        recall = matched_r / np.maximum(truth, 1)
+        precision = np.where(predicted == 0, 1, matched_p / np.maximum(predicted, 1))
+        f = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+        best = int(f.argmax())
+        return {"odsf": float(100 * f[best]), "threshold": round(float(self.thresholds[best]), 4),
+                "precision": float(100 * precision[best]), "recall": float(100 * recall[best]),
+                "counts": self.sums["counts"].copy()}
+
+
+def zeros(*shape: int) -> np.ndarray:
+    return np.zeros(shape, np.int64)
+
+
+def ratio(part: np.ndarray, whole: np.ndarray) -> float:
+    return float(part / whole) if whole else math.nan
+
+
+def as_arrays(prediction, target) -> tuple[np.ndarray, np.ndarray]:
+    """Bring tensors or arrays to numpy. Raises ValueError where they cannot be compared."""
+    arrays = []
+    for x in (prediction, target):
+        if isinstance(x, Tensor):
+            x = x.detach().cpu()
+            x = x.float().numpy() if x.is_floating_point() else x.numpy()  # numpy has no bfloat16
+        arrays.append(np.ascontiguousarray(x))
+    prediction, target = arrays
+    if prediction.shape != target.shape:
+        raise ValueError(f"prediction {prediction.shape} and target {target.shape} differ in shape; "
+                         "resize or crop the prediction")
+    if not np.isfinite(prediction).all():
+        raise ValueError("prediction has values that are not finite; score weights that are")
+    return prediction, target
+
+
+def images_of(prediction, target) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the (H, W) pairs of one image or of a batch."""
+    prediction, target = as_arrays(prediction, target)
+    size = prediction.shape[-2:]
+    return zip(prediction.reshape(-1, *size), target.reshape(-1, *size), strict=True)
+
+
+def levels(p: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    """Count for each p how many rising thresholds it reaches: level > k iff p >= thresholds[k]."""
+    return np.searchsorted(thresholds, p.astype(np.float32), side="right")
+
+
+def reaching(level: np.ndarray) -> np.ndarray:
+    """Count the values that reach each of 19 thresholds: (19,)."""
+    return np.bincount(level, minlength=20)[::-1].cumsum()[::-1][1:]
+
+
+def channels_last(x):
+    """Move the three channels of ([B,] 3, H, W) to the end, unless they are there."""
+    return x if x.shape[-1] == 3 else x.swapaxes(-3, -2).swapaxes(-2, -1)
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+
+
+def median_bin(bins: np.ndarray) -> float:
+    """Return below which point half of the counts lie, in units of bins."""
+    below = bins.cumsum()
+    i = int(np.searchsorted(below, below[-1] / 2))
+    return float(i + 1 - (below[i] - below[-1] / 2) / bins[i])
+
+
+def seg2bmap(labels: np.ndarray) -> np.ndarray:
+    """Mark where labels (H, W) differ from their E, S or SE neighbour; returns (H, W) bool.
+
+    The last column looks only south, the last row only east, as in the Berkeley benchmark.
+    """
+    padded = np.pad(labels, ((0, 1), (0, 1)), mode="edge")
+    return (labels != padded[:-1, 1:]) | (labels != padded[1:, :-1]) | (labels != padded[1:, 1:])
+
+
+def match(predicted: np.ndarray, truth: np.ndarray, radius: float) -> int:
+    """Count the pairs in a largest one-to-one matching of pixels at most `radius` pixels apart.
+
+    predicted, truth (H, W) bool. Maximum flow source -> predicted -> truth -> sink, capacities 1;
+    scipy's maximum_bipartite_matching hangs on such graphs.
+    """
+    n, m, reach = int(predicted.sum()), int(truth.sum()), int(radius)
+    if n == 0 or m == 0:
+        return 0
+    dy, dx = np.mgrid[-reach : reach + 1, -reach : reach + 1].reshape(2, -1)
+    dy, dx = (d[dy**2 + dx**2 <= radius**2] for d in (dy, dx))  # (offsets,)
+    node = np.pad(np.where(truth, truth.cumsum().reshape(truth.shape), 0), reach)  # 1..m; 0 = none
+    y, x = np.nonzero(predicted)
+    near = node[y[:, None] + dy + reach, x[:, None] + dx + reach]  # (n, offsets)
+    ones = np.ones(m, np.int32)
+    arcs = np.concatenate([[0, n], (near > 0).sum(1), ones, [0]]).cumsum().astype(np.int32)
+    heads = np.concatenate([np.arange(1, n + 1), near[near > 0] + n, ones * (n + m + 1)])
+    graph = csr_array((np.ones(len(heads), np.int32), heads.astype(np.int32), arcs),
+                      shape=(n + m + 2, n + m + 2))
+    return int(maximum_flow(graph, 0, n + m + 1).flow_value)
+
+
+def delta_m(metrics: dict, reference: dict) -> float:
+    """Return the mean relative gain over the reference's tasks in percent (PRISM's Delta_m).
+
+    Both map tasks to a headline number, or to what `compute` returned.
+    """
+    if not reference or not set(reference) <= set(metrics):
+        raise ValueError(f"reference is for {sorted(reference)}, numbers for {sorted(metrics)}; "
+                         "Delta_m is over the reference's tasks: name at least one, and score all")
+    gains = []
+    for task, base in reference.items():
+        value, base = headline(task, metrics[task]), headline(task, base)
+        if not base > 0:
+            raise ValueError(f"reference of {task} is {base}; Delta_m divides by it: give one > 0")
+        sign = -1 if data.TASKS[task].lower_is_better else 1
+        gains.append(sign * (value - base) / base)
+    return 100 * sum(gains) / len(gains)
+
+
+def headline(task: str, value: dict | float) -> float:
+    """Return the number of a task that published tables print."""
+    return value[data.TASKS[task].metric] if isinstance(value, dict) else value
+
+
+# -------------------------------------------------------------------------------------------- evaluate
+
+
+def final_map(task: str, raw: Tensor) -> np.ndarray:
+    """Turn a head's raw output (B, C, H, W) into the map that is scored, (B, H, W [, 3])."""
+    raw = raw.float()
+    if task in ("semseg", "human_parts"):
+        return raw.argmax(1).cpu().numpy()
+    if task == "sal":
+        return raw.softmax(1)[:, 1].cpu().numpy()
+    if task == "edge":
+        return raw[:, 0].sigmoid().cpu().numpy()
+    if task == "normals":
+        return F.normalize(raw, dim=1).permute(0, 2, 3, 1).cpu().numpy()
+    return raw[:, 0].clamp(min=0).cpu().numpy()
+
+
+@torch.inference_mode()
+def predict_maps(model, images: Tensor, tasks: Sequence[str]) -> dict[str, np.ndarray]:
+    """Predict the final maps of images (B, 3, H, W), RGB in [0, 1], in eval mode."""
+    training = model.training
+    raw = model.eval().predict(images, list(tasks))
+    model.train(training)
+    return {task: final_map(task, raw[task]) for task in tasks}
+
+
+def unpad(padded: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """Cut the image of size (H, W) out of the test transform's padding."""
+    top, left = (padded.shape[0] - size[0]) // 2, (padded.shape[1] - size[1]) // 2
+    return padded[top : top + size[0], left : left + size[1]]
+
+
+def progress(indices: Sequence[int], batch_size: int, what: str) -> Iterator[Sequence[int]]:
+    """Split indices into batches under a progress bar."""
+    starts = range(0, len(indices), batch_size)
+    for start in data.track(starts, what, len(starts)):
+        yield indices[start : start + batch_size]
+
+
+def stack(samples: list[dict], name: str) -> Tensor:
+    return torch.stack([sample[name] for sample in samples])
+
+
+def new_metric(task: str, dataset) -> Metric:
+    """Build the empty metric of a task."""
+    if task in ("semseg", "human_parts"):
+        return MeanIoU(dataset.tasks[task])
+    if task == "edge":
+        return BoundaryF(dataset.max_dist)
+    return {"sal": MaxF, "normals": NormalError, "depth": DepthRMSE}[task]()
+
+
+def measure(model, dataset, device, batch_size: int, tasks: Sequence[str],
+            indices: Sequence[int] | None = None) -> dict[str, Metric]:
+    """Return each task's metric, updated over the images `indices` (default: all).
+
+    With several processes, give each range(rank, len(dataset), processes) and merge their states.
+    """
+    metrics = {task: new_metric(task, dataset) for task in tasks}
+    indices = range(len(dataset)) if indices is None else indices
+    for batch in progress(indices, batch_size, f"evaluate {' '.join(tasks)}"):
+        samples = [dataset[i] for i in batch]
+        maps = predict_maps(model, stack(samples, "image").to(device), tasks)
+        for task in (task for task in tasks if task != "edge"):
+            metrics[task].update(maps[task], stack(samples, task))
+        for i, probability in zip(batch, maps.get("edge", ()), strict="edge" in maps):
+            labels = dataset.read(i)["labelmap"]  # the training label `edge` is another array
+            metrics["edge"].update(unpad(probability, labels.shape), labels)
+    return metrics
+
+
+def evaluate(model, dataset, device, batch_size: int, tasks: Sequence[str]) -> dict[str, dict]:
+    """Score the model on the whole dataset: {task: what its metric's `compute` returns}."""
+    metrics = measure(model, dataset, device, batch_size, tasks)
+    return {task: metric.compute() for task, metric in metrics.items()}
+
+
+# --------------------------------------------------------------------------------------------- routing
+
+
+@torch.inference_mode()
+def routing(model, dataset, device, batch_size: int, max_images: int = 128) -> list[dict]:
+    """Measure what the routers do with the same images under each teacher and each task.
+
+    All tokens count, cls too. Returns per MoE block: `block`, its index; `lambda`, the mean gate;
+    `teachers` and `tasks`, {context: E shares of the top-k slots, summing to 1}; `nmi_teachers`,
+    `nmi_tasks`.
+    """
+    cfg, contexts = model.cfg, [*model.cfg.teachers, *model.cfg.tasks]
+    counts = zeros(len(cfg.moe_blocks), len(contexts), cfg.experts)
+    gates = np.zeros((len(cfg.moe_blocks), 2))  # sum, tokens
+    training = model.training
+    model.eval()
+    for batch in progress(range(min(len(dataset), max_images)), batch_size, "routing"):
+        images = stack([dataset[i] for i in batch], "image").to(device)
+        for c, context in enumerate(contexts):
+            for b, route in enumerate(model.route(images, context)):
+                slots = torch.bincount(route.topk_idx.flatten(), minlength=cfg.experts)
+                counts[b, c] += slots.cpu().numpy()
+                gates[b] += route.gate.double().sum().item(), route.gate.numel()
+    model.train(training)
+    blocks = []
+    for block, count, (total, tokens) in zip(cfg.moe_blocks, counts, gates.tolist(), strict=True):
+        rows = dict(zip(contexts, (count / count.sum(1, keepdims=True)).tolist(), strict=True))
+        split = len(cfg.teachers)
+        blocks.append({
+            "block": block, "lambda": total / tokens,
+            "teachers": {name: rows[name] for name in cfg.teachers},
+            "tasks": {name: rows[name] for name in cfg.tasks},
+            "nmi_teachers": nmi(count[:split]), "nmi_tasks": nmi(count[split:]),
+        })
+    return blocks
+
+
+def nmi(counts: np.ndarray) -> float:
+    """Return I(C; X) / sqrt(H(C) H(X)) of context C and chosen expert X.
+
+    counts (C, E): slots of context C that went to expert X. 0: the context says nothing about the
+    expert (or one of them cannot vary); 1: each determines the other.
+    """
+    p = counts / max(counts.sum(), 1)  # (C, E)
+    h_context, h_expert, h_both = entropy(p.sum(1)), entropy(p.sum(0)), entropy(p)
+    scale = math.sqrt(h_context * h_expert)
+    return max(0.0, h_context + h_expert - h_both) / scale if scale else 0.0
+
+
+def entropy(p: np.ndarray) -> float:
+    p = p[p > 0]
+    return max(0.0, float(-(p * np.log(p)).sum()))
+
+
+# -------------------------------------------------------------------------------------------- pictures
+
+INK, FAINT, DEEP = (30, 32, 38), (115, 119, 128), (24, 78, 140)  # text, quiet text, largest share
+
+
+def write(pen: ImageDraw.ImageDraw, x: float, y: float, text: str, size=14, ink=INK, anchor="mm"):
+    pen.text((x, y), text, ink, ImageFont.load_default(size=size), anchor)
+
+
+def tile(rgb: np.ndarray, side: int) -> Image.Image:
+    """Fit rgb (H, W, 3) uint8 into a light square of `side` pixels; label colours do not mix."""
+    canvas, picture = Image.new("RGB", (side, side), (236, 237, 240)), Image.fromarray(rgb)
+    sizes = [max(1, round(side / max(picture.size) * n)) for n in picture.size]
+    canvas.paste(picture.resize(sizes, Image.Resampling.NEAREST), [(side - n) // 2 for n in sizes])
+    return canvas
+
+
+def draw_predictions(model, dataset, device, tasks: Sequence[str], scenes: int = 6) -> Image.Image:
+    """Draw scenes spread over the dataset: the image, then prediction and truth of every task."""
+    side, gap, top = 128, 14, 58
+    indices = np.linspace(0, len(dataset) - 1, min(scenes, len(dataset))).astype(int).tolist()
+    images = stack([dataset[i] for i in indices], "image").to(device)
+    maps = predict_maps(model, images, tasks)
+    lefts = [2 * gap + side + k * (2 * side + 2 + gap) for k in range(len(tasks))]
+    bottom, width = top + len(indices) * (side + 4), lefts[-1] + 2 * side + 2 + gap
+    legends = [draw_legend(t, dataset.classes[t], width) for t in tasks if t in dataset.classes]
+    canvas = Image.new("RGB", (width, bottom + sum(x.height for x in legends) + gap), "white")
+    pen = ImageDraw.Draw(canvas)
+    write(pen, gap + side / 2, top - 15, "image")
+    for task, x in zip(tasks, lefts, strict=True):
+        write(pen, x + side + 1, top - 38, task, size=17)
+        write(pen, x + side / 2, top - 15, "prediction", ink=FAINT)
+        write(pen, x + side + 2 + side / 2, top - 15, "truth", ink=FAINT)
+    for row, i in enumerate(indices):
+        truth, y = dataset.read(i), top + row * (side + 4)
+        canvas.paste(tile(truth["image"], side), (gap, y))
+        for task, x in zip(tasks, lefts, strict=True):
+            pair = unpad(maps[task][row], truth["image"].shape), truth[task]
+            drawn = data.colourise(task, np.concatenate(pair, 1))  # one depth ramp
+            for n, half in enumerate(np.split(drawn, 2, 1)):
+                canvas.paste(tile(half, side), (x + n * (side + 2), y))
+    for legend in legends:
+        canvas.paste(legend, (0, bottom))
+        bottom += legend.height
+    return canvas
+
+
+def draw_legend(task: str, names: Sequence[str], width: int) -> Image.Image:
+    """Draw a swatch and a name per class, wrapped to `width` pixels."""
+    canvas = Image.new("RGB", (width, 30 + 22 * len(names)), "white")
+    pen, x, y = ImageDraw.Draw(canvas), 120, 18
+    write(pen, 14, y, task, anchor="lm")
+    for k, name in enumerate(names):
+        step = 40 + ImageFont.load_default(size=14).getlength(name)
+        if x + step > width:
+            x, y = 120, y + 22
+        colour = data.colourise(task, np.full((1, 1), k, np.uint8))[0, 0]
+        pen.rectangle((x, y - 7, x + 14, y + 7), tuple(colour.tolist()))
+        write(pen, x + 20, y, name, anchor="lm")
+        x += step
+    return canvas.crop((0, 0, width, y + 10))
+
+
+def draw_routing(blocks: list[dict]) -> Image.Image:
+    """Draw per MoE block the shares of teacher x expert and task x expert."""
+    kinds = [kind for kind in ("teachers", "tasks") if blocks[0][kind]]
+    largest = max(max(row) for block in blocks for kind in kinds for row in block[kind].values())
+    tables = [[draw_shares(block[kind], largest) for kind in kinds] for block in blocks]
+    width = max(600, 20 + sum(table.width + 20 for table in tables[0]))
+    step = 64 + max(table.height for table in tables[0])
+    canvas = Image.new("RGB", (width, 40 + step * len(blocks)), "white")
+    pen = ImageDraw.Draw(canvas)
+    write(pen, 20, 22, "percent of the top-k slots that each expert gets; rows sum to 100",
+          ink=FAINT, anchor="lm")
+    for k, (block, line) in enumerate(zip(blocks, tables, strict=True)):
+        notes = ",  ".join(f"{kind} {block['nmi_' + kind]:.3f}" for kind in kinds)
+        title = f"block {block['block']}     lambda {block['lambda']:.3f}     NMI  {notes}"
+        write(pen, 20, 62 + k * step, title, size=18, anchor="lm")
+        for table, x in zip(line, (20, 40 + line[0].width), strict=False):
+            canvas.paste(table, (x, 82 + k * step))
+    return canvas
+
+
+def draw_shares(table: dict[str, list[float]], largest: float) -> Image.Image:
+    """Draw one table context x expert, numbers on colours; `largest` gets the deepest colour."""
+    wide, high, left = 42, 26, 115
+    experts = len(next(iter(table.values())))
+    canvas = Image.new("RGB", (left + experts * wide, (len(table) + 1) * high), "white")
+    pen = ImageDraw.Draw(canvas)
+    for e in range(experts):
+        write(pen, left + (e + 0.5) * wide, high / 2, f"e{e}", ink=FAINT)
+    for row, (name, values) in enumerate(table.items(), start=1):
+        write(pen, left - 8, (row + 0.5) * high, name, anchor="rm")
+        for e, share in enumerate(values):
+            x, y, strength = left + e * wide, row * high, share / largest
+            colour = tuple(round(248 + strength * (deep - 248)) for deep in DEEP)
+            pen.rectangle((x, y, x + wide - 2, y + high - 2), colour)
+            write(pen, x + wide / 2 - 1, y + high / 2 - 1, f"{100 * share:.0f}",
+                  ink="white" if strength > 0.5 else INK)
+    return canvas
+
+
+# ------------------------------------------------------------------------------------------------ main
+
+
+@dataclass
+class Args:
+    """Score a checkpoint, print the numbers, draw what it predicts and how it routes."""
+
+    ckpt: Path = Path("out/prism.pt")  # checkpoint to score
+    data: str | None = None  # world:FOLDER or pascal:FOLDER (default: what it was trained on)
+    split: str = "val"  # split to score
+    tasks: tuple[str, ...] = ()  # tasks to score (default: all with a head and labels)
+    batch_size: int = 32  # images per batch
+    device: str | None = None  # default: cuda if there is one, else cpu
+    out_dir: Path | None = None  # results.json and pictures (default: the checkpoint's folder)
+    reference: Path | None = None  # JSON {task: value} or a results.json; prints Delta_m against it
+    debug: bool = False  # full traceback on errors
+
+
+def choose_device(name: str | None) -> torch.device:
+    """Return the device that is named, or a GPU if there is one. Raises ValueError."""
+    gpu = torch.cuda.is_available()
+    try:
+        device = torch.device(name or ("cuda" if gpu else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} is not known; use cpu or cuda") from error
+    if device.type == "cuda" and not gpu:
+        raise ValueError(f"device {name}, but torch sees no GPU; use --device cpu")
+    return device
+
+
+def choose_tasks(asked: Sequence[str], heads: dict[str, int], dataset) -> list[str]:
+    """Return the tasks to score. Raises ValueError where one has no head or no fitting labels."""
+    able = [task for task in heads if task in dataset.tasks]
+    if unknown := [task for task in asked if task not in able]:
+        known = ", ".join(able) or "no task (stage 1): run train.py --stage recompose"
+        raise ValueError(f"cannot score {', '.join(unknown)}; checkpoint and data can score {known}")
+    tasks = [task for task in able if not asked or task in asked]
+    for task in tasks:
+        if heads[task] != dataset.tasks[task]:
+            raise ValueError(f"{task} has {heads[task]} channels, the data {dataset.tasks[task]}; "
+                             "name data with the classes of training with --data")
+    return tasks
+
+
+def read_reference(path: Path | None, tasks: Sequence[str]) -> dict[str, float]:
+    """Read {task: value}, or the `headline` of a results.json of ours; {} without a path."""
+    if path is None:
+        return {}
+    try:
+        content = json.loads(path.read_text())
+        reference = {k: float(v) for k, v in content.get("headline", content).items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"reference {path} is not an object of task: number ({error}); write JSON "
+                         'such as {"semseg": 80.25}') from error
+    delta_m(dict.fromkeys(tasks, 1.0), reference)  # complains now, not after the evaluation
+    return reference
+
+
+def write_files(folder: Path, files: dict[str, Image.Image | str]) -> None:
+    """Write all pictures and texts or none: temporary ones first, then renames."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".eval-", dir=folder) as temporary:
+            for name, content in files.items():
+                if isinstance(content, str):
+                    Path(temporary, name).write_text(content)
+                else:
+                    content.save(Path(temporary, name))
+            for name in files:
+                os.replace(Path(temporary, name), folder / name)
+    except OSError as error:
+        raise OSError(f"cannot write to {folder}: {prism.one_line(error)}; free space or choose "
+                      "another --out-dir") from error
+
+
+def print_tables(metrics: dict[str, dict], blocks: list[dict]) -> None:
+    """Print every number with unit, direction and protocol, then lambda and NMI per block."""
+    if metrics:
+        value = Column("value", justify="right")
+        table = Table("task", "metric", value, "unit", "better is", "protocol")
+        for task, numbers in metrics.items():
+            for key in (key for key in numbers if key in COLUMNS):
+                value = f"{numbers[key]:.{4 if key == 'rmse' else 2}f}"
+                table.add_row(task, key, value, *COLUMNS[key],
+                              style="bold" if key == data.TASKS[task].metric else None)
+        console.print(table)
+    table = Table("MoE block", "lambda", "NMI teachers", "NMI tasks")
+    for block in blocks:
+        numbers = (f"{block[key]:.3f}" for key in ("lambda", "nmi_teachers", "nmi_tasks"))
+        table.add_row(str(block["block"]), *numbers)
+    console.print(table)
+
+
+def main(args: Args) -> None:
+    """Check everything cheap, score, print, then write all files at once."""
+    device = choose_device(args.device)
+    if args.batch_size < 1:
+        raise ValueError(f"batch size {args.batch_size} is not positive; use 1 or more")
+    stored = prism.read_checkpoint(args.ckpt)
+    source = args.data or stored.get("provenance", {}).get("data")
+    if source is None:
+        raise ValueError(f"{args.ckpt} does not say what it was trained on; name it with --data")
+    dataset = data.open_data(source, args.split)
+    tasks = choose_tasks(args.tasks, stored["config"]["tasks"], dataset)
+    reference = read_reference(args.reference, tasks)
+    out_dir = args.out_dir or args.ckpt.parent
+    write_files(out_dir, {})  # a folder that cannot be written fails here
+    model = prism.load(args.ckpt, device)
+    print(f"{args.ckpt}: step {stored.get('step')}; {source}, {args.split}, {len(dataset)} images; "
+          f"{device}")
+    if not tasks:
+        print(f"{args.ckpt} has no task heads (stage 1): routing only; next: train.py --stage recompose")
+
+    metrics = evaluate(model, dataset, device, args.batch_size, tasks) if tasks else {}
+    blocks = routing(model, dataset, device, args.batch_size)
+    print_tables(metrics, blocks)
+    results = {
+        "checkpoint": args.ckpt.name, "step": stored.get("step"), "seed": stored.get("seed"),
+        "split": args.split, "images": len(dataset), "classes": dataset.classes,
+        "headline": {task: headline(task, metrics[task]) for task in tasks},
+        "protocol": {task: COLUMNS[data.TASKS[task].metric][2] for task in tasks},
+        "metrics": metrics, "routing": blocks,
+    }
+    if reference:
+        results |= {"reference": reference, "delta_m": delta_m(metrics, reference)}
+        print(f"Delta_m {results['delta_m']:+.2f} % over {args.reference} ({', '.join(reference)})")
+
+    suffix = "" if tasks else "_stage1"  # not over the files of the student with heads
+    text = json.dumps(results, default=np.ndarray.tolist)
+    results = json.loads(text, parse_constant=lambda name: None)  # JSON knows no nan
+    files = {f"results{suffix}.json": json.dumps(results, indent=1),
+             f"routing{suffix}.png": draw_routing(blocks)}
+    if tasks:
+        files["predictions.png"] = draw_predictions(model, dataset, device, tasks)
+    write_files(out_dir, files)
+    print(f"wrote {', '.join(str(out_dir / name) for name in files)}")
+
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    prism.exit_with_one_line(lambda: main(args), args.debug)

@@ -1,0 +1,705 @@
+"""PRISM: several vision foundation models in one ViT student (ICML 2026, arXiv 2606.03444).
+
+Teachers such as DINOv2, CLIP and SAM pull shared weights in contradicting directions. So the MLP of a
+few blocks is split into two streams: an *anchor* that everything shares, and *experts* to which a
+*router* sends each token, told by a *context*: the teacher to imitate, or the task to solve.
+
+    u  = LN2(x)
+    x <- x + lambda * anchor(u) + (1 - lambda) * [shared(u) + sum over top-k e of w_e * expert_e(u)]
+
+Stage 1, *deconstruct*: contexts are teachers; the experts take their conflicts apart.
+Stage 2, *recompose*: contexts are tasks; the router reassembles the same experts for each of them.
+Only the router sees the context, so all that comes before the first router is computed once.
+
+Shapes: B images, N tokens (1 cls + h*w patches), D width, E experts, K experts per token, T = rows of
+tokens, H x W pixels, h x w patches. R rows = images x contexts, all images of one context together.
+"eq." numbers are the paper's; "official" marks what the released code does otherwise.
+"""
+
+import math
+import os
+import pickle
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+# ---------------------------------------------------------------------------------------------- config
+
+
+@dataclass(frozen=True)
+class PrismConfig:
+    """Describe a student completely; stored in every checkpoint."""
+
+    dim: int = 384  # width D of the tokens
+    depth: int = 12  # transformer blocks
+    heads: int = 6  # attention heads
+    patch: int = 16  # patch side in pixels
+    grid: tuple[int, int] = (24, 24)  # rows and columns of the position table, in patches
+    moe_blocks: tuple[int, ...] = (2, 5, 8, 11)  # blocks with two streams; the four levels are read after them
+    experts: int = 15  # routed experts E in each of these blocks
+    top_k: int = 3  # experts K that a token visits
+    mlp_ratio: float = 4.0  # hidden width of MLP and anchor, in units of D
+    expert_ratio: float = 4.0  # the same for shared and routed experts; 1 is the paper's "lite"
+    gate_start: float = 0.94  # lambda of a new student: the expert stream fades in
+    router_noise: float = 1.0  # strength of the learned noise on the logits in training (released code)
+    expert_drop: float = 0.1  # chance that an expert is hidden from a token in training (released code)
+    teachers: dict[str, int] = field(default_factory=dict)  # teacher -> width of its features
+    tasks: dict[str, int] = field(default_factory=dict)  # task -> output channels
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of RGB in [0, 1], subtracted from the input
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    official: bool = False  # arithmetic of the released code, for its checkpoints
+
+
+SIZES = {
+    "toy": PrismConfig(
+        dim=96, depth=6, heads=3, patch=8, grid=(8, 8), moe_blocks=(1, 2, 4, 5), experts=6, top_k=2,
+        mlp_ratio=2.0, expert_ratio=2.0,
+    ),
+    "small": PrismConfig(),
+    "base": PrismConfig(dim=768, heads=12),
+    "large": PrismConfig(dim=1024, depth=24, heads=16, moe_blocks=(5, 11, 17, 23)),
+}
+
+# -------------------------------------------------------------------------------------- attention, MLP
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with packed q, k, v."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        x = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, D / heads)
+        return self.proj(rearrange(x, "b h n d -> b n (h d)"))
+
+
+class MLP(nn.Sequential):
+    """D -> hidden -> D with exact GELU."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+
+
+class Block(nn.Module):
+    """The plain pre-norm transformer block."""
+
+    def __init__(self, dim: int, heads: int, hidden: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+# ------------------------------------------------------------------------------------------ FiLM router
+
+
+class Route(NamedTuple):
+    """What the router of one block decided for R rows of N tokens."""
+
+    topk_idx: Tensor  # (R, N, K) int64, experts of each token
+    topk_w: Tensor  # (R, N, K) float32, their weights, which sum to 1
+    load: Tensor  # (E,) share of tokens that selected the expert; sums to K; no gradient
+    prob: Tensor  # (E,) mean softmax over all experts, noise and hidden experts included
+    gate: Tensor  # (B, N) lambda; before the contexts part in the first such block, B rows instead of R
+
+
+class Router(nn.Module):
+    """Choose top-k experts from token and context.
+
+    The context speaks through FiLM: z = (1 + gamma(c)) u + beta(c), logits = W z. gamma and beta start
+    at zero: a new router is blind to the context.
+    """
+
+    HIDDEN_LOGIT = -1e4  # finite, so that a token with fewer than K visible experts still gets weights
+
+    def __init__(self, cfg: PrismConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.film = nn.Linear(cfg.dim, 2 * cfg.dim)
+        self.logits = nn.Linear(cfg.dim, cfg.experts)
+        self.noise = nn.Linear(cfg.dim, cfg.experts)
+        if cfg.official:
+            self.film_gate = nn.Linear(cfg.dim, cfg.dim)
+
+    def modulate(self, u: Tensor, context: Tensor) -> Tensor:
+        """FiLM: gamma and beta are one row per image, never per token."""
+        gamma, beta = self.film(context).unsqueeze(1).chunk(2, dim=-1)  # (R, 1, D) each
+        if self.cfg.official:
+            return u + torch.sigmoid(self.film_gate(u)) * (gamma * u + beta)
+        return (1 + gamma) * u + beta
+
+    def forward(self, u: Tensor, context: Tensor, gate: Tensor) -> Route:
+        """Route tokens u (R, N, D) under context embeddings (R, D); gate only passes through."""
+        cfg = self.cfg
+        with torch.autocast(u.device.type, enabled=False):  # ties in bf16 logits would route differently
+            z = self.modulate(u.to(context.dtype), context)  # (R, N, D)
+            logits = self.logits(z)  # (R, N, E)
+            if self.training:  # both only break the symmetry of experts that start as equal copies
+                hidden = torch.rand_like(logits) < cfg.expert_drop
+                noise = torch.randn_like(logits) * F.softplus(self.noise(z)) * cfg.router_noise
+                logits = logits.masked_fill(hidden, self.HIDDEN_LOGIT) + noise
+            kept, topk_idx = logits.topk(cfg.top_k, dim=-1)  # (R, N, K)
+            prob = logits.softmax(-1).mean((0, 1))  # (E,)
+            load = F.one_hot(topk_idx, cfg.experts).sum(2).to(prob.dtype).mean((0, 1))  # (E,)
+            return Route(topk_idx, kept.softmax(-1), load, prob, gate)
+
+
+# -------------------------------------------------------------------------------------------- experts
+
+
+class _Reorder(torch.autograd.Function):
+    """Take rows x[index]; `back` undoes it, so that the backward is a gather too, free of atomics.
+
+    x (S, D), index (S * copies,), back (S * copies,): where copy c of row s went, at s * copies + c.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, index: Tensor, back: Tensor, copies: int) -> Tensor:
+        ctx.save_for_backward(back)
+        ctx.copies = copies
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (back,) = ctx.saved_tensors
+        grad = grad.index_select(0, back)
+        if ctx.copies > 1:
+            grad = grad.view(-1, ctx.copies, grad.shape[-1]).sum(1)
+        return grad, None, None, None
+
+
+class Experts(nn.Module):
+    """E MLPs D -> hidden -> D, each run on just the tokens that chose it.
+
+    Exact: no capacity, no dropped token. Weights are stacked, one Parameter per matrix for all experts,
+    so that every rank has a gradient for every Parameter, however the tokens fall.
+    """
+
+    def __init__(self, num_experts: int, dim: int, hidden: int, official: bool = False):
+        super().__init__()
+        self.official = official
+        self.w1 = nn.Parameter(torch.empty(num_experts, hidden, dim))
+        self.b1 = nn.Parameter(torch.zeros(num_experts, hidden))
+        self.w2 = nn.Parameter(torch.empty(num_experts, dim, hidden))
+        self.b2 = nn.Parameter(torch.zeros(num_experts, dim))
+        for w in (self.w1, self.w2):
+            nn.init.trunc_normal_(w, std=0.02)
+
+    def plain(self, x: Tensor, topk_idx: Tensor, topk_w: Tensor) -> Tensor:
+        """Define the layer: y = sum over e in top-k of w_e * expert_e(x), by an obvious loop.
+
+        x (T, D), topk_idx (T, K) int64, topk_w (T, K); returns (T, D).
+        """
+        y = torch.zeros_like(x)
+        for e in range(len(self.w1)):
+            token, k = torch.where(topk_idx == e)
+            w = topk_w[token, k].unsqueeze(1)  # (rows of e, 1)
+            rows = x[token] * w if self.official else x[token]  # official: the weight enters twice
+            hidden = F.gelu(F.linear(rows, self.w1[e], self.b1[e]))
+            y = y.index_add(0, token, (w * F.linear(hidden, self.w2[e], self.b2[e])).to(y.dtype))
+        return y
+
+    def forward(self, x: Tensor, topk_idx: Tensor, topk_w: Tensor) -> Tensor:
+        """Compute `plain` fast: sort by expert, matrix products on contiguous rows, gather back.
+
+        x (T, D), topk_idx (T, K) int64, topk_w (T, K); returns (T, D).
+        """
+        T, K = topk_idx.shape
+        expert, order = topk_idx.flatten().to(torch.uint8).sort(stable=True)  # (T*K,): row -> slot t*K + k
+        slots = torch.arange(T * K, device=x.device)
+        back = torch.empty_like(order).scatter_(0, order, slots)  # (T*K,): slot -> row
+        ids = torch.arange(len(self.w1), device=x.device, dtype=torch.uint8)
+        ends = torch.searchsorted(expert, ids, right=True, out_int32=True)  # (E,)
+
+        rows = _Reorder.apply(x, order // K, back, K)  # (T*K, D), scattered
+        if self.official:
+            rows = rows * topk_w.reshape(-1, 1)[order].to(rows.dtype)
+        if x.is_cuda and _matmul_dtype(x) == torch.bfloat16:
+            rows = self._grouped(rows.bfloat16(), ends, F.one_hot(expert.long(), len(ids)).bfloat16())
+        else:
+            rows = self._split(rows, ends)
+        y = _Reorder.apply(rows, back, order, 1).view(T, K, -1)  # (T, K, D), gathered
+        return (y * topk_w.unsqueeze(-1)).sum(1).to(x.dtype)
+
+    def _split(self, rows: Tensor, ends: Tensor) -> Tensor:
+        sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+        weights = zip(*(p.unbind(0) for p in (self.w1, self.b1, self.w2, self.b2)), strict=True)
+        return torch.cat([
+            F.linear(F.gelu(F.linear(r, w1, b1)), w2, b2)
+            for r, (w1, b1, w2, b2) in zip(rows.split(sizes), weights, strict=True)
+        ])  # (T*K, D)
+
+    def _grouped(self, rows: Tensor, ends: Tensor, one_hot: Tensor) -> Tensor:
+        """The same in two kernels whose group sizes never leave the GPU. Biases by a product with the
+        one-hot experts (T*K, E): in bf16 the backward of b[expert] loses 5 % of the gradient."""
+        w1, w2 = (w.to(rows.dtype).transpose(-2, -1) for w in (self.w1, self.w2))
+        hidden = F.gelu(F.grouped_mm(rows, w1, offs=ends) + one_hot @ self.b1.to(rows.dtype))  # (T*K, hidden)
+        return F.grouped_mm(hidden, w2, offs=ends) + one_hot @ self.b2.to(rows.dtype)  # (T*K, D)
+
+
+def _matmul_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+# --------------------------------------------------------------------------------- dual-stream block
+
+
+class DualStreamBlock(nn.Module):
+    """PRISM's block: a dense anchor for consensus, routed experts for conflict."""
+
+    def __init__(self, cfg: PrismConfig):
+        super().__init__()
+        hidden = int(cfg.dim * cfg.expert_ratio)
+        self.gate_min = 0.5 if cfg.official else 0.0
+        self.norm1 = nn.LayerNorm(cfg.dim, eps=1e-6)
+        self.attn = Attention(cfg.dim, cfg.heads)
+        self.norm2 = nn.LayerNorm(cfg.dim, eps=1e-6)
+        self.gate = nn.Linear(cfg.dim, 1)
+        self.anchor = MLP(cfg.dim, int(cfg.dim * cfg.mlp_ratio))
+        self.shared = MLP(cfg.dim, hidden)
+        self.router = Router(cfg)
+        self.experts = Experts(cfg.experts, cfg.dim, hidden, cfg.official)
+
+    def forward(self, x: Tensor, context: Tensor) -> tuple[Tensor, Route]:
+        """Map x (B, N, D) under context embeddings (R, D) to (R, N, D), R = contexts * B.
+
+        Where contexts share their tokens (the first such block), attention, gate, anchor and shared
+        expert run on B rows, and only router and experts on R.
+        """
+        x = x + self.attn(self.norm1(x))
+        u = self.norm2(x)  # (B, N, D), the one input of gate, anchor, router and experts
+        lam = self.gate_min + (1 - self.gate_min) * torch.sigmoid(self.gate(u))  # (B, N, 1)
+        x = x + lam * self.anchor(u) + (1 - lam) * self.shared(u)
+        copies = len(context) // len(x)
+        x, u, rest = (repeat(t, "b n d -> (c b) n d", c=copies) for t in (x, u, 1 - lam))  # (R, N, D)
+        route = self.router(u, context, lam.squeeze(-1))
+        routed = self.experts(u.flatten(0, 1), route.topk_idx.flatten(0, 1), route.topk_w.flatten(0, 1))
+        return x + rest * routed.view_as(u), route
+
+
+# ------------------------------------------------------------------------------- heads and projectors
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm over all ranks, on CPU too, so that N processes equal one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
+            return super().forward(x)
+        from torch.distributed.nn.functional import all_reduce
+
+        x, dtype, count = x.float(), x.dtype, x.numel() // x.shape[1] * dist.get_world_size()
+        sums = all_reduce(torch.stack([x.sum((0, 2, 3)), (x * x).sum((0, 2, 3))]))  # (2, C)
+        mean = sums[0] / count
+        var = sums[1] / count - mean * mean
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (var + self.eps).rsqrt()
+        return (x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(dtype)
+
+
+class Head(nn.Module):
+    """Four levels of features -> one task's map."""
+
+    def __init__(self, dim: int, channels: int):
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Linear(dim, dim // 4) for _ in range(4))
+        self.fuse = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1), BatchNorm(dim), nn.GELU())
+        self.last = nn.Conv2d(dim, channels, 1)
+
+    def forward(self, levels: list[Tensor], size: tuple[int, int]) -> Tensor:
+        """Map 4 levels (B, D, h, w) to (B, channels, H, W), size = (H, W) in pixels."""
+        quarter = (size[0] // 4, size[1] // 4)
+        maps = [
+            F.interpolate(rearrange(linear(rearrange(level, "b d h w -> b h w d")), "b h w d -> b d h w"),
+                          size=quarter, mode="bilinear", align_corners=False)
+            for linear, level in zip(self.linears, levels, strict=True)
+        ]
+        x = self.last(self.fuse(torch.cat(maps, 1)))  # (B, channels, H / 4, W / 4)
+        return F.interpolate(x.float(), size=size, mode="bilinear", align_corners=False)
+
+
+def projector(dim: int, width: int) -> nn.Sequential:
+    """Build the map from student tokens of one level to one teacher's width."""
+    return nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, width))
+
+
+# ---------------------------------------------------------------------------------------------- PRISM
+
+
+class Output(NamedTuple):
+    """All that one training pass computes."""
+
+    distilled: dict[str, list[Tensor]]  # teacher -> 4 x (B_t, D_t, h, w), its samples in batch order
+    predicted: dict[str, Tensor]  # task -> (B, C_task, H, W)
+    levels: list[Tensor]  # 4 x (B, D, h, w) under the teachers' contexts; empty without them
+    routes: list[Route]  # one per MoE block
+
+
+class Prism(nn.Module):
+    """The student: a ViT whose MoE blocks listen to a context."""
+
+    def __init__(self, cfg: PrismConfig):
+        super().__init__()
+        self.cfg = cfg
+        check_config(cfg)
+        self.contexts = [*cfg.teachers, *cfg.tasks]
+        self.patch_embed = nn.Conv2d(3, cfg.dim, cfg.patch, cfg.patch)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + cfg.grid[0] * cfg.grid[1], cfg.dim))
+        hidden = int(cfg.dim * cfg.mlp_ratio)
+        self.blocks = nn.ModuleList(
+            DualStreamBlock(cfg) if i in cfg.moe_blocks else Block(cfg.dim, cfg.heads, hidden)
+            for i in range(cfg.depth)
+        )
+        self.norm = nn.LayerNorm(cfg.dim, eps=1e-6)
+        self.teacher_embed = nn.Parameter(torch.zeros(len(cfg.teachers), cfg.dim)) if cfg.teachers else None
+        self.task_embed = nn.Parameter(torch.zeros(len(cfg.tasks), cfg.dim)) if cfg.tasks else None
+        self.projectors = nn.ModuleDict({
+            name: nn.ModuleList(projector(cfg.dim, width) for _ in range(4))
+            for name, width in cfg.teachers.items()
+        })
+        self.heads = nn.ModuleDict({task: Head(cfg.dim, channels) for task, channels in cfg.tasks.items()})
+        self.register_buffer("mean", torch.tensor(cfg.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(cfg.std).view(3, 1, 1), persistent=False)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Start as a plain ViT whose experts are copies of the anchor and whose router hears nothing."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        for p in (self.cls_token, self.pos_embed, self.teacher_embed, self.task_embed):
+            if p is not None:
+                nn.init.trunc_normal_(p, std=0.02)
+        for i in self.cfg.moe_blocks:
+            block = self.blocks[i]
+            nn.init.zeros_(block.router.film.weight)
+            start = (self.cfg.gate_start - block.gate_min) / (1 - block.gate_min)
+            nn.init.constant_(block.gate.bias, math.log(start / (1 - start)))
+        self.copy_anchors()
+
+    @torch.no_grad()
+    def copy_anchors(self) -> None:
+        """Make shared and routed experts copies of their block's anchor (not the narrower lite ones)."""
+        if self.cfg.expert_ratio != self.cfg.mlp_ratio:
+            return
+        for block in (self.blocks[i] for i in self.cfg.moe_blocks):
+            block.shared.load_state_dict(block.anchor.state_dict())
+            experts, (fc1, _, fc2) = block.experts, block.anchor
+            for stacked, p in ((experts.w1, fc1.weight), (experts.b1, fc1.bias),
+                               (experts.w2, fc2.weight), (experts.b2, fc2.bias)):
+                stacked.copy_(p.expand_as(stacked))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Turn RGB in [0, 1] (B, 3, H, W) into tokens (B, N, D)."""
+        H, W, patch = *images.shape[-2:], self.cfg.patch
+        for side in (H, W):
+            if side % patch:
+                low = side // patch * patch
+                raise ValueError(f"image side {side} is not a multiple of the patch size {patch}; "
+                                 f"use {low or patch} or {low + patch}")
+        x = rearrange(self.patch_embed((images - self.mean) / self.std), "b d h w -> b (h w) d")
+        pos = resize_pos(self.pos_embed, self.cfg.grid, (H // patch, W // patch))
+        return torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + pos  # (B, N, D)
+
+    def trunk(self, images: Tensor, context_ids: Tensor) -> tuple[list[Tensor], list[Route]]:
+        """Run all blocks once for all contexts.
+
+        images (B, 3, H, W) RGB in [0, 1]; context_ids (R,) int64 into `contexts`, R a multiple of B.
+        Returns 4 levels (R, D, h, w), normed, without cls, and one Route per MoE block.
+        """
+        x = self.embed(images)  # (B, N, D)
+        h, w = (side // self.cfg.patch for side in images.shape[-2:])
+        table = torch.cat([e for e in (self.teacher_embed, self.task_embed) if e is not None])
+        context = table[context_ids]  # (R, D)
+        levels, routes = [], []
+        for i, block in enumerate(self.blocks):
+            if i not in self.cfg.moe_blocks:
+                x = block(x)
+                continue
+            x, route = block(x, context)  # (R, N, D) from the first one on
+            levels.append(rearrange(self.norm(x)[:, 1:], "r (h w) d -> r d h w", h=h, w=w))
+            routes.append(route)
+        return levels, routes
+
+    def context_ids(self, names: str | Sequence[str], B: int) -> Tensor:
+        """Look up one name for all B images, or one each; returns (B,) int64."""
+        names = [names] * B if isinstance(names, str) else list(names)
+        if unknown := sorted(set(names) - set(self.contexts)):
+            raise ValueError(f"unknown context {', '.join(unknown)}; this student knows "
+                             f"{', '.join(self.contexts) or 'none'}")
+        if len(names) != B:
+            raise ValueError(f"{len(names)} contexts for {B} images; give one name, or one per image")
+        return torch.tensor([self.contexts.index(name) for name in names], device=self.pos_embed.device)
+
+    def forward(self, images: Tensor, teacher_ids: Tensor | None = None, tasks: Sequence[str] = ()) -> Output:
+        """Run every context of a training step in one batched pass.
+
+        images (B, 3, H, W) RGB in [0, 1]; teacher_ids (B,) int64, the teacher of each image, or None.
+        """
+        B = len(images)
+        ids = [self.context_ids(task, B) for task in tasks] + ([] if teacher_ids is None else [teacher_ids])
+        levels, routes = self.trunk(images, torch.cat(ids))
+        predicted = {
+            task: self.heads[task]([level[i * B : (i + 1) * B] for level in levels], images.shape[-2:])
+            for i, task in enumerate(tasks)
+        }
+        if teacher_ids is None:
+            return Output({}, predicted, [], routes)
+        levels = [level[-B:] for level in levels]
+        return Output(self.project(levels, teacher_ids), predicted, levels, routes)
+
+    def project(self, levels: list[Tensor], teacher_ids: Tensor) -> dict[str, list[Tensor]]:
+        """Map each image's levels to its own teacher's width. A teacher without an image in the batch
+        gets empty maps, which keep its projectors in the graph on every rank."""
+        distilled = {}
+        for i, (name, projectors) in enumerate(self.projectors.items()):
+            rows = torch.where(teacher_ids == i)[0]
+            tokens = [rearrange(level[rows], "b d h w -> b h w d") for level in levels]
+            maps = [p(t) for p, t in zip(projectors, tokens, strict=True)]
+            distilled[name] = [rearrange(m, "b h w d -> b d h w") for m in maps]
+        return distilled
+
+    def features(self, images: Tensor, context: str | Sequence[str]) -> list[Tensor]:
+        """Return 4 levels (B, D, h, w) of RGB images in [0, 1] (B, 3, H, W) under a teacher or task.
+
+        context: one name for all images, or B names. Raises ValueError for an unknown name.
+        """
+        return self.trunk(images, self.context_ids(context, len(images)))[0]
+
+    def distill(self, images: Tensor, teacher_ids: Tensor) -> dict[str, list[Tensor]]:
+        """Imitate teachers: {teacher: 4 x (B_t, D_t, h, w)}, rows in batch order.
+
+        images (B, 3, H, W) RGB in [0, 1]; teacher_ids (B,) int64 into cfg.teachers.
+        """
+        return self(images, teacher_ids).distilled
+
+    def predict(self, images: Tensor, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Solve all tasks in one pass: {task: (B, C_task, H, W)}, raw outputs.
+
+        Logits (semseg, human_parts, sal with 2 channels, edge with 1), unnormalised normals (3), metres
+        (depth, 1). images (B, 3, H, W) RGB in [0, 1]. Raises ValueError for a task without a head.
+        """
+        tasks = list(self.cfg.tasks if tasks is None else tasks)
+        if unknown := [task for task in tasks if task not in self.cfg.tasks]:
+            raise ValueError(f"no head for {', '.join(unknown)}; this student has heads for "
+                             f"{', '.join(self.cfg.tasks) or 'no task (stage 1): train.py --stage recompose'}")
+        return self(images, tasks=tasks).predicted
+
+    def route(self, images: Tensor, context: str | Sequence[str]) -> list[Route]:
+        """Return what the router of each MoE block decides under a teacher or task."""
+        return self.trunk(images, self.context_ids(context, len(images)))[1]
+
+
+def check_config(cfg: PrismConfig) -> None:
+    """Raise ValueError where sizes do not fit together."""
+    if len(cfg.moe_blocks) != 4 or max(cfg.moe_blocks) >= cfg.depth:
+        raise ValueError(f"moe_blocks {cfg.moe_blocks} must be four of the {cfg.depth} blocks, from 0")
+    if not 1 <= cfg.top_k <= cfg.experts <= 255:
+        raise ValueError(f"top_k {cfg.top_k} of {cfg.experts} experts; need 1 <= top_k <= experts <= 255")
+    if cfg.dim % cfg.heads or cfg.dim % 4 or cfg.patch % 4:
+        raise ValueError(f"dim {cfg.dim}, heads {cfg.heads}, patch {cfg.patch}: dim must be a multiple of "
+                         "heads and of 4, patch of 4")
+
+
+def resize_pos(pos: Tensor, grid: tuple[int, int], to: tuple[int, int]) -> Tensor:
+    """Resize a position table (1, 1 + h*w, D), cls first, from grid (h, w) to another, bicubic."""
+    if grid == to:
+        return pos
+    table = rearrange(pos[:, 1:], "1 (h w) d -> 1 d h w", h=grid[0])
+    table = F.interpolate(table, size=to, mode="bicubic", align_corners=False)
+    return torch.cat([pos[:, :1], rearrange(table, "1 d h w -> 1 (h w) d")], 1)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Count parameters: all, and those that work on one token (K of E experts)."""
+    total = sum(p.numel() for p in model.parameters())
+    idle = 0
+    for block in (m for m in model.modules() if isinstance(m, DualStreamBlock)):
+        cfg, routed = block.router.cfg, sum(p.numel() for p in block.experts.parameters())
+        idle += routed // cfg.experts * (cfg.experts - cfg.top_k)
+    return total, total - idle
+
+
+# -------------------------------------------------------------------------------------- save and load
+
+
+def write_checkpoint(path: str | Path, content: dict) -> None:
+    """Write atomically: a temporary file, fsync, rename. A failure leaves the old file as it was."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write checkpoint {path}: {one_line(error)}; free space or choose another "
+                      "--out-dir (nothing was overwritten)") from error
+
+
+def read_checkpoint(path: str | Path) -> dict:
+    """Read a checkpoint of ours: model, config, and in training ones optimizer, step, seed, provenance.
+
+    Raises FileNotFoundError or ValueError with what to do.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path} does not exist; train one with `python train.py`, "
+                                "or name one that does")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds; pickle's own text is a page of advice
+        why = "no file of plain weights" if isinstance(error, pickle.UnpicklingError) else one_line(error)
+        raise ValueError(f"checkpoint {path} cannot be read ({why}); it is damaged or no checkpoint: "
+                         "train again or name another") from error
+    if not isinstance(content, dict) or not {"model", "config"} <= content.keys():
+        raise ValueError(f"checkpoint {path} holds no model and config of ours; name a file that "
+                         "train.py or prism.save wrote")
+    return content
+
+
+def config_from(stored: dict, path: str | Path) -> PrismConfig:
+    """Rebuild the config that a checkpoint stores as plain values; an unknown field is an error."""
+    known = {f.name for f in fields(PrismConfig)}
+    if unknown := sorted(stored.keys() - known):
+        raise ValueError(f"checkpoint {path} has unknown settings {', '.join(unknown)}; it was written by "
+                         "another version: update the code or train again")
+    return PrismConfig(**stored)
+
+
+def load(path: str | Path, device: str = "cpu", grid: tuple[int, int] | None = None) -> Prism:
+    """Load a student in eval mode. grid (h, w) in patches: resize the position table to it."""
+    content = read_checkpoint(path)
+    cfg = config_from(content["config"], path)
+    model, state = Prism(cfg), content["model"]
+    load_strict(model, state, path)
+    if grid is not None and tuple(grid) != cfg.grid:
+        model.pos_embed = nn.Parameter(resize_pos(model.pos_embed.data, cfg.grid, tuple(grid)))
+        model.cfg = replace(cfg, grid=tuple(grid))
+    return model.to(device).eval()
+
+
+def load_strict(model: nn.Module, state: dict[str, Tensor], path: str | Path, new: tuple[str, ...] = (),
+                dropped: tuple[str, ...] = ()) -> str:
+    """Load weights, allowing only key prefixes named in advance to be `new` here or `dropped` from there.
+
+    Returns "loaded 312, new 24 (heads), dropped 6 (projectors)". Raises ValueError for any other key or
+    shape, before anything is loaded.
+    """
+    own = model.state_dict()
+    missing = [k for k in own if k not in state]
+    extra = [k for k in state if k not in own]
+    wrong = [k for k in missing if not k.startswith(new)] + [k for k in extra if not k.startswith(dropped)]
+    wrong += [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
+              for k in own if k in state and own[k].shape != state[k].shape]
+    if wrong:
+        raise ValueError(f"weights of {path} do not fit this student ({len(wrong)} keys differ, first "
+                         f"{wrong[0]}); use the size, teachers and tasks that it was trained with")
+    model.load_state_dict({**own, **{k: v for k, v in state.items() if k in own}})
+    parts = [f"loaded {len(own) - len(missing)}"]
+    for word, keys in (("new", missing), ("dropped", extra)):
+        if keys:
+            parts.append(f"{word} {len(keys)} ({', '.join(sorted({k.split('.')[0] for k in keys}))})")
+    return ", ".join(parts)
+
+
+def save(model: Prism, path: str | Path) -> None:
+    """Write weights and config to `path`, for `load`."""
+    write_checkpoint(path, {"model": model.state_dict(), "config": asdict(model.cfg)})
+
+
+def one_line(error: BaseException) -> str:
+    """Shorten an error to its first line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def exit_with_one_line(run, debug: bool) -> None:
+    """Call `run`; turn what a user can cause into one line on stderr and exit code 1."""
+    try:
+        run()
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+    except (ValueError, OSError, FloatingPointError) as error:
+        if debug:
+            raise
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+# ------------------------------------------------------------------------------------------------ main
+
+
+def time_dispatch(T: int, D: int, E: int, K: int, repeats: int) -> dict[str, float]:
+    """Time forward+backward, interleaved; returns {variant: median ms}.
+
+    Ideal = one dense MLP on T*K rows: the same multiply-adds without any dispatch.
+    """
+    torch.manual_seed(0)
+    experts, dense = Experts(E, D, 4 * D), MLP(D, 4 * D)
+    x, many = torch.randn(T, D, requires_grad=True), torch.randn(T * K, D, requires_grad=True)
+    topk_w, topk_idx = torch.rand(T, E).topk(K)
+    variants = {
+        "plain loop": lambda: experts.plain(x, topk_idx, topk_w),
+        "sorted dispatch": lambda: experts(x, topk_idx, topk_w),
+        "ideal (dense MLP, equal FLOPs)": lambda: dense(many),
+    }
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(repeats + 1):
+        for name, run in variants.items():
+            start = time.perf_counter()
+            run().square().mean().backward()
+            times[name].append(1000 * (time.perf_counter() - start))
+    return {name: sorted(t[1:])[repeats // 2] for name, t in times.items()}
+
+
+def main() -> None:
+    """Print sizes, parameter counts and a small benchmark of the dispatch."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("size", "width", "depth", "experts", "top-k", "parameters M", "active per token M")
+    for name, cfg in SIZES.items():
+        with torch.device("meta"):
+            total, active = count_parameters(Prism(cfg))
+        table.add_row(name, *map(str, (cfg.dim, cfg.depth, cfg.experts, cfg.top_k)),
+                      f"{total / 1e6:.1f}", f"{active / 1e6:.1f}")
+    console = Console()
+    console.print(table)
+    times = time_dispatch(T=1154, D=384, E=15, K=3, repeats=5)
+    ideal = times["ideal (dense MLP, equal FLOPs)"]
+    table = Table("experts, forward + backward", "ms", "over ideal",
+                  title=f"T 1154, D 384, E 15, K 3, CPU fp32, {torch.get_num_threads()} threads, medians of 5")
+    for name, ms in times.items():
+        table.add_row(name, f"{ms:.0f}", f"{ms / ideal:.2f}")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

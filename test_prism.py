@@ -1,0 +1,1844 @@
+"""What is proven, on CPU, without network: the dispatch, the student, the losses, training and resume, the
+world and its files, transforms, the loader, toy teachers, metrics, command lines.
+
+Wherever it is possible a number is reached in two independent ways. A docstring names the bug that its
+test would catch.
+"""
+
+import colorsys
+import json
+import math
+import os
+import re
+import socket
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from scipy import ndimage
+from scipy.io import loadmat, savemat
+
+import data
+import eval as scoring
+import prism
+import teachers
+import train
+
+torch.set_num_threads(1)  # many small products: two threads only wait for each other
+
+TASKS = {"semseg": 12, "human_parts": 7, "normals": 3, "edge": 1, "sal": 2, "depth": 1}
+TINY = prism.PrismConfig(
+    dim=24, depth=5, heads=2, patch=8, grid=(4, 4), moe_blocks=(1, 2, 3, 4), experts=5, top_k=2,
+    mlp_ratio=2.0, expert_ratio=2.0, teachers={"clip": 16, "dino": 24, "sam": 8}, tasks=TASKS,
+)
+
+
+def student(**changes) -> prism.Prism:
+    """Build a tiny student whose routers listen and whose experts differ."""
+    torch.manual_seed(0)
+    model = prism.Prism(replace(TINY, **changes))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "film" in name or "experts" in name or "embed" in name:
+                p.normal_(std=0.3)
+    return model.eval()
+
+
+# ------------------------------------------------------------------------------------------- dispatch
+
+
+def routing_case(name: str, T: int, E: int, K: int) -> torch.Tensor:
+    if name == "one expert":
+        return torch.full((T, K), 3)
+    if name == "empty experts":  # ids 1 and 4 only
+        return torch.tensor([1, 4]).repeat(T, 1)[:, torch.randperm(2)]
+    return torch.rand(T, E).topk(K).indices
+
+
+@pytest.mark.parametrize("official", [False, True])
+@pytest.mark.parametrize("case, T", [("random", 57), ("empty experts", 31), ("one expert", 20), ("random", 3)])
+def test_dispatch_equals_plain(case, T, official):
+    """Catches rows that reach the wrong expert or weight, and gradients lost in gather or scatter."""
+    torch.manual_seed(1)
+    E, K, D = 6, 2, 10
+    experts = prism.Experts(E, D, 4 * D, official).double()
+    for b in (experts.b1, experts.b2):
+        torch.nn.init.normal_(b)
+    x = torch.randn(T, D, dtype=torch.float64, requires_grad=True)
+    topk_w = torch.rand(T, K, dtype=torch.float64, requires_grad=True)
+    topk_idx = routing_case(case, T, E, K)
+    results = []
+    for run in (experts.plain, experts.forward):
+        y = run(x, topk_idx, topk_w)
+        weight = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y)
+        results.append([y, *torch.autograd.grad((y * weight).sum(), [x, topk_w, *experts.parameters()])])
+    for plain, fast in zip(*results, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-12, atol=1e-12)
+    unused = sorted(set(range(E)) - set(topk_idx.flatten().tolist()))
+    assert results[1][3][unused].abs().sum() == 0  # an empty expert gets a zero gradient, not none
+
+
+def test_plain_is_the_formula():
+    """Catches an error that `plain` and the dispatch share: one token, worked through by hand."""
+    experts = prism.Experts(3, 4, 8).double()
+    x, topk_idx = torch.randn(1, 4, dtype=torch.float64), torch.tensor([[2, 0]])
+    topk_w = torch.tensor([[0.7, 0.3]], dtype=torch.float64)
+    expected = sum(
+        w * (experts.w2[e] @ F.gelu(experts.w1[e] @ x[0] + experts.b1[e]) + experts.b2[e])
+        for w, e in ((0.7, 2), (0.3, 0))
+    )
+    torch.testing.assert_close(experts.plain(x, topk_idx, topk_w)[0], expected)
+
+
+def test_grouped_path_equals_split_path():
+    """Catches the GPU's grouped products treating empty groups or biases otherwise than the CPU's loop."""
+    torch.manual_seed(2)
+    experts = prism.Experts(6, 16, 32)
+    for b in (experts.b1, experts.b2):
+        torch.nn.init.normal_(b)
+    expert = torch.tensor([1] * 5 + [2] * 7 + [5] * 4)
+    ends = torch.tensor([0, 5, 12, 12, 12, 16], dtype=torch.int32)
+    rows = torch.randn(16, 16, requires_grad=True)
+    results = []
+    for y in (experts._split(rows, ends), experts._grouped(rows, ends, F.one_hot(expert, 6).float())):
+        weight = torch.linspace(-1, 1, y.numel()).view_as(y)
+        results.append([y, *torch.autograd.grad((y * weight).sum(), [rows, *experts.parameters()])])
+    for split, grouped in zip(*results, strict=True):
+        torch.testing.assert_close(grouped, split, rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_dispatch_equals_eager():
+    """Catches torch.compile losing the gradient of a custom function (seen in torch 2.11)."""
+    torch.manual_seed(5)
+    experts = prism.Experts(5, 16, 32)
+    x, topk_w = torch.randn(33, 16, requires_grad=True), torch.rand(33, 2, requires_grad=True)
+    topk_idx = torch.rand(33, 5).topk(2).indices
+    results = []
+    for run in (experts, torch.compile(experts)):
+        y = run(x, topk_idx, topk_w)
+        weight = torch.linspace(-1, 1, y.numel()).view_as(y)
+        results.append([y, *torch.autograd.grad((y * weight).sum(), [x, topk_w, *experts.parameters()])])
+    for eager, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------- student
+
+
+@pytest.mark.parametrize("official", [False, True])
+def test_dual_stream_block_equals_the_equation(official):
+    """Catches a wrong mix of the streams: the block against its equation, token by token, in float64."""
+    model = student(official=official).double()
+    block, cfg = model.blocks[2], model.cfg
+    x, context = torch.randn(2, 17, cfg.dim).double(), torch.randn(2, cfg.dim).double()
+    with torch.no_grad():
+        y, _ = block(x, context)
+        h = x + block.attn(block.norm1(x))
+        for i, n in ((0, 0), (1, 5), (1, 16)):
+            u = block.norm2(h[i, n])
+            lam = torch.sigmoid(block.gate.weight[0] @ u + block.gate.bias[0])
+            gamma, beta = (block.router.film.weight @ context[i] + block.router.film.bias).split(cfg.dim)
+            z = (1 + gamma) * u + beta
+            if official:
+                lam = 0.5 + 0.5 * lam
+                z = u + torch.sigmoid(block.router.film_gate(u)) * (gamma * u + beta)
+            logits = block.router.logits(z)
+            kept = logits.topk(cfg.top_k)
+            routed = 0
+            for w, e in zip(kept.values.softmax(0), kept.indices, strict=True):
+                inside = w * u if official else u
+                hidden = F.gelu(block.experts.w1[e] @ inside + block.experts.b1[e])
+                routed = routed + w * (block.experts.w2[e] @ hidden + block.experts.b2[e])
+            expected = h[i, n] + lam * block.anchor(u) + (1 - lam) * (block.shared(u) + routed)
+            torch.testing.assert_close(y[i, n], expected)
+
+
+def test_new_student_is_symmetric_and_fades_experts_in():
+    """Catches a router that hears the context at birth, experts that are no copies, a gate not at 0.94."""
+    torch.manual_seed(0)
+    model = prism.Prism(TINY).eval()
+    images = torch.rand(2, 3, 32, 32)
+    for a, b in zip(model.features(images, "clip"), model.features(images, "edge"), strict=True):
+        assert torch.equal(a, b)
+    block = model.blocks[1]
+    assert all(torch.equal(w, block.anchor[0].weight) for w in block.experts.w1)
+    gate = model.route(images, "clip")[0].gate
+    assert abs(gate.mean().item() - 0.94) < 0.01
+
+
+def test_predict_in_one_pass_equals_task_by_task():
+    """Catches tasks or images that swap places in the batch of all tasks, and a prefix shared too far."""
+    model, images = student(), torch.rand(3, 3, 40, 24)  # also another grid than the position table's
+    together = model.predict(images)
+    assert {t: tuple(p.shape) for t, p in together.items()} == {t: (3, c, 40, 24) for t, c in TASKS.items()}
+    for task in TASKS:
+        alone = torch.cat([model.predict(images[i : i + 1], [task])[task] for i in range(3)])
+        torch.testing.assert_close(together[task], alone, rtol=1e-4, atol=1e-5)
+    assert (together["semseg"][:, :1] - together["depth"]).abs().max() > 1e-3
+
+
+def test_training_pass_equals_separate_passes():
+    """Catches levels of one context handed to another's head or projector."""
+    model, images = student(), torch.rand(4, 3, 32, 32)
+    ids = torch.tensor([2, 0, 2, 1])
+    out = model(images, ids, ["edge", "sal"])
+    names = [list(TINY.teachers)[i] for i in ids]
+    for level, expected in zip(out.levels, model.features(images, names), strict=True):
+        torch.testing.assert_close(level, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out.predicted["sal"], model.predict(images, ["sal"])["sal"], rtol=1e-4, atol=1e-5)
+    sam = model.distill(images[[0, 2]], torch.tensor([2, 2]))["sam"]
+    for a, b in zip(out.distilled["sam"], sam, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert out.distilled["sam"][0].shape == (2, 8, 4, 4)
+
+
+def test_only_the_router_sees_the_context():
+    """Catches a context that leaks into attention, anchor, gate or shared expert."""
+    model, images = student(), torch.rand(2, 3, 32, 32)
+    assert (model.features(images, "clip")[0] - model.features(images, "sam")[0]).abs().max() > 1e-3
+    for i in TINY.moe_blocks:  # experts that answer 0 leave the context no other way
+        torch.nn.init.zeros_(model.blocks[i].experts.w2)
+        torch.nn.init.zeros_(model.blocks[i].experts.b2)
+    for a, b in zip(model.features(images, "clip"), model.features(images, "edge"), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_hidden_experts_still_give_weights():
+    """Catches NaN weights where fewer than K experts are visible to a token."""
+    model = student(expert_drop=1.0).train()
+    route = model.route(torch.rand(1, 3, 32, 32), "clip")[0]
+    assert torch.isfinite(route.topk_w).all()
+    torch.testing.assert_close(route.topk_w.sum(-1), torch.ones(1, 17))
+
+
+def test_position_table_resizes():
+    """Catches rows and columns swapped in the table: a table that codes its row keeps doing so."""
+    rows = torch.arange(4.0).repeat_interleave(6).view(1, 24, 1)
+    table = torch.cat([torch.full((1, 1, 1), 9.0), rows], 1)
+    bigger = prism.resize_pos(table, (4, 6), (8, 3))
+    assert bigger.shape == (1, 25, 1) and bigger[0, 0, 0] == 9
+    grid = bigger[0, 1:, 0].view(8, 3)
+    assert (grid.diff(dim=0) > 0).all() and grid.diff(dim=1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("stage", ["deconstruct", "recompose"])
+def test_every_parameter_gets_a_gradient(stage):
+    """Catches a module that no loss reaches: DDP would wait for it for ever."""
+    torch.manual_seed(0)
+    tasks = TASKS if stage == "recompose" else {}
+    model = student(tasks=tasks).train()
+    batch = fake_batch(4)
+    targets = {t: [torch.randn(n, width, 4, 4) for _ in range(4)]
+               for (t, width), n in zip(TINY.teachers.items(), (2, 2, 0), strict=True)}
+    out = model(batch["image"], torch.tensor([0, 1, 1, 0]), tuple(tasks))
+    terms = train.loss_terms(out, targets, batch, model.cfg, 1.0)
+    sum(w * t for w, t in terms.values()).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+    silent = [n for n, p in model.named_parameters() if p.grad.abs().sum() == 0]
+    assert [n for n in silent if not n.startswith("projectors.sam")] == []  # sam had no image
+
+
+def fake_batch(B: int) -> dict:
+    shape = (B, 32, 32)
+    return {
+        "image": torch.rand(B, 3, 32, 32), "semseg": torch.randint(0, 12, shape),
+        "human_parts": torch.randint(0, 7, shape), "sal": torch.randint(0, 2, shape),
+        "edge": torch.randint(0, 2, shape).float(), "depth": torch.rand(shape) * 5,
+        "normals": F.normalize(torch.randn(B, 3, 32, 32), dim=1),
+    }
+
+
+def test_parameter_counts():
+    """Catches a miscounted share of active parameters: counted here from shapes alone."""
+    model = prism.Prism(TINY)
+    expert = 24 * 48 * 2 + 24 + 48
+    total, active = prism.count_parameters(model)
+    assert total == sum(math.prod(p.shape) for p in model.parameters())
+    assert total - active == 4 * 3 * expert  # 4 blocks, 3 of 5 experts idle
+
+
+# --------------------------------------------------------------------------------------------- losses
+
+
+def test_distill_loss_by_hand():
+    """Catches cos per patch instead of per image, a SmoothL1 that sums, a wrong mean over images."""
+    x = torch.tensor([[[[1.0, 0.0]]], [[[0.0, 2.0]]]])  # two images, one channel, 1 x 2 patches
+    y = torch.tensor([[[[0.0, 1.0]]], [[[0.0, 4.0]]]])
+    first = 0.9 * (1 - 0) + 0.1 * 0.5  # orthogonal; both differ by 1: 0.5
+    second = 0.9 * (1 - 1) + 0.1 * (0 + 1.5) / 2  # parallel; one differs by 2: 2 - 0.5
+    terms = train.distill_terms({"t": [x]}, {"t": [y]})
+    assert terms["distill/t"].item() == pytest.approx((first + second) / 2)
+    big = F.interpolate(x, size=(2, 4), mode="bilinear", align_corners=False)
+    assert train.map_loss(x, big).item() == pytest.approx(0, abs=1e-6)  # the smaller map is upsampled
+
+
+def test_decorrelation_by_loops():
+    """Catches a mask that keeps near pairs, negative cosines that cancel, a wrong mean."""
+    torch.manual_seed(3)
+    levels = [torch.randn(2, 5, 3, 4) for _ in range(4)]
+    total = 0.0
+    for level in levels[:2]:
+        values = []
+        for image in level:
+            z = image.flatten(1).T
+            for a in range(12):
+                for b in range(12):
+                    if math.dist((a // 4, a % 4), (b // 4, b % 4)) > 1:
+                        values.append(max(0.0, F.cosine_similarity(z[a], z[b], dim=0).item()))
+        total += np.mean(values)
+    assert train.decorr_term(levels).item() == pytest.approx(total, rel=1e-5)
+
+
+def test_official_decorrelation_by_loops():
+    """Catches the released code's weight exp(-d^2 / 2 s^2) on the wrong side, and its factor 0.5."""
+    torch.manual_seed(4)
+    maps = [torch.randn(2, 5, 3, 4) for _ in range(4)]
+    total, s = 0.0, 0.3
+    for level in maps[:2]:
+        values = []
+        for image in level:
+            z = image.flatten(1).T
+            for a in range(12):
+                for b in range(12):
+                    d = math.dist((a // 4, a % 4), (b // 4, b % 4))
+                    values.append(abs(F.cosine_similarity(z[a], z[b], dim=0).item()) * (1 - math.exp(-d * d / (2 * s * s))))
+        total += 0.5 * np.mean(values)
+    assert train.official_decorr_term(maps).item() == pytest.approx(total, rel=1e-5)
+
+
+def test_balance_loss_by_hand():
+    """Catches a balance that rewards collapse: uniform use gives K, all on one expert E * K at most."""
+    def route(load, prob):
+        return prism.Route(None, None, torch.tensor(load), torch.tensor(prob), None)
+
+    even = route([0.5, 0.5, 0.5, 0.5], [0.25, 0.25, 0.25, 0.25])
+    one = route([1.0, 1.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0])
+    assert train.balance_term([even]).item() == pytest.approx(2)
+    assert train.balance_term([one, even]).item() == pytest.approx(4 + 2)
+
+
+def test_task_losses_by_hand():
+    """Catches ignored pixels that count, means over the wrong number, swapped class weights."""
+    logits = torch.tensor([[[[2.0, 0.0, 5.0, 1.0]], [[0.0, 1.0, 5.0, 0.0]]]])  # (1, 2, 1, 4)
+    target = torch.tensor([[[0, 1, 255, 0]]])
+    nll = [math.log(1 + math.exp(-2)), math.log(1 + math.exp(-1)), math.log(1 + math.exp(-1))]
+    assert train.class_loss(logits, target).item() == pytest.approx(sum(nll) / 3)
+    assert train.class_loss(logits, torch.full((1, 1, 4), 255)).item() == 0
+    weighted = (nll[0] * 1 / 3 + nll[1] * 2 / 3 + nll[2] * 1 / 3) / 3  # one of three is salient: its weight is 2/3
+    assert train.saliency_loss(logits, target).item() == pytest.approx(weighted)
+
+    x = torch.tensor([[[[0.5, -1.0, 3.0]]]])
+    edges = torch.tensor([[[1.0, 0.0, 255.0]]])
+    expected = (0.95 * math.log(1 + math.exp(-0.5)) + 0.05 * math.log(1 + math.exp(-1))) / 2
+    assert train.edge_loss(x, edges).item() == pytest.approx(expected)
+
+    x = torch.tensor([[[[0.0, 3.0]], [[0.0, 0.0]], [[2.0, 4.0]]]])  # (1, 3, 1, 2)
+    normals = torch.tensor([[[[0.0, 255.0]], [[1.0, 255.0]], [[0.0, 255.0]]]])
+    assert train.normals_loss(x, normals).item() == pytest.approx(2)  # |0-0| + |0-1| + |1-0|
+    x, depth = torch.tensor([[[[1.0, 2.0, 9.0]]]]), torch.tensor([[[1.5, 4.0, 255.0]]])
+    assert train.depth_loss(x, depth).item() == pytest.approx((0.5 + 2) / 2)
+
+
+def test_loss_weights():
+    """Catches the 0.9 / 0.1 inside L_distill confused with those around it (our table, row 5)."""
+    out = prism.Output({"t": [torch.randn(1, 2, 3, 3)] * 4}, {"edge": torch.zeros(1, 1, 6, 6)},
+                       [torch.randn(1, 2, 3, 3)] * 4,
+                       [prism.Route(None, None, torch.full((4,), 0.5), torch.full((4,), 0.25), None)])
+    batch, targets = {"edge": torch.zeros(1, 6, 6)}, {"t": [torch.randn(1, 2, 3, 3)] * 4}
+    weights = {}
+    for official in (False, True):
+        cfg = replace(TINY, teachers={"t": 2}, official=official)
+        weights[official] = {k: w for k, (w, _) in train.loss_terms(out, targets, batch, cfg, 0.5).items()}
+    assert weights[False] == pytest.approx({"distill/t": 0.45, "decorr": 0.05, "balance": 0.0005, "edge": 50.0})
+    assert weights[True] == pytest.approx({"distill/t": 0.5, "decorr": 0.25, "balance": 0.0005, "edge": 50.0})
+
+
+# ------------------------------------------------------------------------------------------- schedule
+
+
+def test_teacher_assignment_is_balanced():
+    """Catches a teacher starved in the batch or in one process's slice of it, and a remainder that is
+    always the same teacher's."""
+    extra = np.zeros(3, int)
+    for step in range(60):
+        ids = train.assign_teachers(20, 3, 0, step)
+        counts = np.bincount(ids, minlength=3)
+        assert sorted(counts) == [6, 7, 7]
+        extra += counts - 6
+        assert all(np.ptp(np.bincount(part, minlength=3)) <= 2 for part in np.split(ids, 2))
+    assert extra.min() > 25 and extra.max() < 55
+    assert (train.assign_teachers(20, 3, 0, 7) == train.assign_teachers(20, 3, 0, 7)).all()
+    assert (train.assign_teachers(20, 3, 0, 7) != train.assign_teachers(20, 3, 1, 7)).any()
+
+
+def test_learning_rates():
+    """Catches a schedule that jumps after warm-up, or turns negative (released code: complex) at its end."""
+    stage = train.STAGES["deconstruct"]._replace(steps=150, lr=1e-3, warmup=0.1)
+    assert train.lr_at(0, stage) == pytest.approx(1e-7)
+    assert train.lr_at(15, stage) == pytest.approx(1e-3)
+    assert train.lr_at(150, stage) == pytest.approx(1e-6)
+    poly = train.STAGES["recompose"]._replace(steps=100, lr=2e-5, warmup=0.0)
+    assert train.lr_at(0, poly) == 2e-5
+    assert train.lr_at(50, poly) == pytest.approx(2e-5 * 0.5**0.9)
+    assert train.lr_at(120, poly) == 0
+
+
+# ------------------------------------------------------------------------------------------- training
+
+
+class FakeTeachers:
+    """Three fixed random teachers, so that tests of training need not raise any."""
+
+    def __init__(self, names, device, compile=False):
+        self.widths = dict.fromkeys(names, 8)
+        self.provenance = {name: {"kind": "fake"} for name in names}
+        self.generators = {name: i for i, name in enumerate(names)}
+
+    def targets(self, images, teacher_ids):
+        maps = {}
+        for name, i in self.generators.items():
+            weight = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(i))
+            maps[name] = [F.conv2d(images[teacher_ids == i], weight, stride=8)] * 4
+        return maps
+
+
+@pytest.fixture(scope="module")
+def small_world(tmp_path_factory):
+    """A tiny rendered world on disk."""
+    return data.render_world(tmp_path_factory.mktemp("world") / "w", size=32, train=12, val=4, probe=4)
+
+
+def tiny_run(small_world, out, **changes):
+    """Train a tiny student on the tiny world; returns the last checkpoint's content."""
+    settings = {"steps": 10, "log_every": 5, "save_every": 5, **changes}
+    args = train.Args(data=f"world:{small_world}", image_size=32, batch_size=6, out_dir=out, device="cpu", **settings)
+    train.train(args)
+    return prism.read_checkpoint(out / ("deconstruct.pt" if args.stage == "deconstruct" else "prism.pt"))
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(train.teachers, "Teachers", FakeTeachers)
+    monkeypatch.setitem(prism.SIZES, "toy", replace(TINY, teachers={}, tasks={}, router_noise=0.5))
+
+
+def test_resume_is_exact(small_world, tmp_path, tiny, monkeypatch):
+    """Catches state that a checkpoint forgets: 10 steps equal 5 + 5, bit for bit, in both stages."""
+    whole = tiny_run(small_world, tmp_path / "whole")
+    for stage, file in (("deconstruct", "deconstruct.pt"), ("recompose", "prism.pt")):
+        write = prism.write_checkpoint
+
+        def write_and_stop(path, content, write=write, stage=stage):
+            write(path, content)
+            if content["stage"] == stage and content["step"] == 5:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(prism, "write_checkpoint", write_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            tiny_run(small_world, tmp_path / "parts", resume=True)
+        monkeypatch.setattr(prism, "write_checkpoint", write)
+        assert prism.read_checkpoint(tmp_path / "parts" / file)["step"] == 5
+    parts = tiny_run(small_world, tmp_path / "parts", resume=True)
+    assert whole["model"].keys() == parts["model"].keys()
+    assert [k for k in whole["model"] if not torch.equal(whole["model"][k], parts["model"][k])] == []
+    logs = [[json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()]
+            for run in ("whole", "parts")]
+    for row, other in zip(*logs, strict=True):
+        assert (row["stage"], row["step"], row["loss"]) == (other["stage"], other["step"], other["loss"])
+    assert {"distill/toy-clip", "decorr", "balance", "semseg", "lambda/1", "dead/4", "lr"} <= logs[0][-1].keys()
+
+
+def test_resume_refuses_another_run(small_world, tmp_path, tiny):
+    """Catches a resume that silently mixes two runs."""
+    tiny_run(small_world, tmp_path, stage="deconstruct", steps=5)
+    before = (tmp_path / "deconstruct.pt").read_bytes()
+    with pytest.raises(ValueError, match="cannot resume .*seed 0 there, 1 here"):
+        tiny_run(small_world, tmp_path, stage="deconstruct", steps=5, seed=1, resume=True)
+    with pytest.raises(ValueError, match="size, teachers or tasks differ"):
+        tiny_run(small_world, tmp_path, stage="deconstruct", steps=5, teachers=("toy-sam",), resume=True)
+    assert (tmp_path / "deconstruct.pt").read_bytes() == before
+
+
+def run_rank(rank, world_size, small_world, out, port):
+    """Be one of several training processes."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    train.teachers.Teachers = FakeTeachers
+    prism.SIZES["toy"] = replace(TINY, teachers={}, tasks={}, router_noise=0.0, expert_drop=0.0)
+    tiny_run(small_world, out, steps=3)
+
+
+def test_two_processes_equal_one(small_world, tmp_path, tiny, monkeypatch):
+    """Catches means over a process's own share: losses, batch norm, balance or gradients that depend on
+    how the batch is split."""
+    quiet = replace(TINY, teachers={}, tasks={}, router_noise=0.0, expert_drop=0.0)
+    monkeypatch.setitem(prism.SIZES, "toy", quiet)
+    one = tiny_run(small_world, tmp_path / "one", steps=3)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(run_rank, (2, small_world, tmp_path / "two", port), nprocs=2)
+    two = prism.read_checkpoint(tmp_path / "two" / "prism.pt")
+    for key, value in one["model"].items():
+        # A bias before batch norm has no effect; its gradient is rounding, which Adam blows up.
+        if not key.endswith(("fuse.0.bias", "fuse.1.running_mean")):
+            torch.testing.assert_close(two["model"][key], value, rtol=2e-3, atol=2e-5, msg=lambda m, k=key: f"{k}: {m}")
+    logs = [[json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()]
+            for run in ("one", "two")]
+    for row, other in zip(*logs, strict=True):
+        for key in ("loss", "distill/toy-dino", "decorr", "balance", "lambda/1", "load/1"):
+            assert row[key] == pytest.approx(other[key], rel=1e-4), key
+
+
+def test_nan_stops_the_run(small_world, tmp_path, tiny, monkeypatch):
+    """Catches a run that trains on with NaN, or saves it: the line names step and term, the old file stays."""
+    tiny_run(small_world, tmp_path, stage="deconstruct", steps=5)
+    before = (tmp_path / "deconstruct.pt").read_bytes()
+    calls = iter(range(100))
+    decorr = train.decorr_term
+    monkeypatch.setattr(train, "decorr_term", lambda levels: decorr(levels) * (math.nan if next(calls) == 2 else 1))
+    with pytest.raises(FloatingPointError, match="decorr is nan at step 2 of deconstruct"):
+        tiny_run(small_world, tmp_path, stage="deconstruct", steps=5)
+    assert (tmp_path / "deconstruct.pt").read_bytes() == before
+
+
+def test_training_lowers_every_loss(small_world, tmp_path, tiny):
+    """Catches a loss with the wrong sign or without a path to the weights."""
+    tiny_run(small_world, tmp_path, stage="all", steps=60, lr=3e-3, log_every=10)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    for stage in train.STAGES:
+        first, last = [[r for r in rows if r["stage"] == stage][i] for i in (0, -1)]
+        terms = [k for k in first if k in TASKS] or [k for k in first if k.startswith("distill/")]
+        assert len(terms) == (3 if stage == "deconstruct" else 6)
+        assert [k for k in terms if last[k] >= first[k]] == []
+
+
+# ------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"image_size": 50}, "image size 50 is not a multiple of the patch size 8; use 48 or 56"),
+    ({"teachers": ("toy-clip", "toy-x")}, "toy-x"),
+    ({"tasks": ("semseg", "flow")}, "flow"),
+    ({"batch_size": 2}, "batch size 2 is smaller than the number of teachers"),
+    ({"data": "imagenet"}, "imagenet"),
+    ({"device": "cuda"}, "sees no GPU"),
+    ({"stage": "recompose"}, "deconstruct.pt does not exist"),
+])
+def test_bad_arguments_give_one_line(changes, message, small_world, tmp_path, tiny):
+    """Catches a traceback, or work done before the command line is checked."""
+    if changes.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    args = {"data": f"world:{small_world}", "image_size": 32, "batch_size": 6, "device": "cpu", **changes}
+    with pytest.raises((ValueError, OSError)) as error:
+        train.train(train.Args(out_dir=tmp_path / "out", **args))
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not list((tmp_path / "out").glob("*.pt"))
+
+
+def test_unwritable_out_folder(small_world, tmp_path, tiny):
+    """Catches a run that trains for hours and then cannot save."""
+    (tmp_path / "out").write_text("a file where the folder should be")
+    with pytest.raises(OSError, match="choose another --out-dir"):
+        tiny_run(small_world, tmp_path / "out")
+
+
+def test_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    """Catches a checkpoint that is overwritten in place."""
+    path = tmp_path / "a.pt"
+    prism.save(student(), path)
+    before = path.read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="cannot write checkpoint .*No space left.*nothing was overwritten"):
+        prism.save(student(), path)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_checkpoint_round_trip_and_damage(tmp_path):
+    """Catches a checkpoint that comes back changed, or whose damage goes unnoticed."""
+    model, path, images = student(), tmp_path / "a.pt", torch.rand(1, 3, 32, 32)
+    prism.save(model, path)
+    again = prism.load(path)
+    assert again.cfg == model.cfg and torch.equal(again.predict(images)["depth"], model.predict(images)["depth"])
+    assert prism.load(path, grid=(6, 4)).cfg.grid == (6, 4)
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="cannot be read"):
+        prism.load(path)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match="cannot be read"):
+        prism.load(path)
+    with pytest.raises(FileNotFoundError, match="python train.py"):
+        prism.load(tmp_path / "none.pt")
+    torch.save({"something": 1}, path)
+    with pytest.raises(ValueError, match="holds no model and config"):
+        prism.load(path)
+
+
+def test_weights_of_another_student_are_refused_whole(tmp_path):
+    """Catches a partial load: nothing changes, and the line names a key."""
+    model, other = student(), student(dim=32, teachers={"clip": 16})
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(ValueError, match="do not fit this student"):
+        prism.load_strict(model, other.state_dict(), "x.pt")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    report = prism.load_strict(student(), student(tasks={}).state_dict(), "x.pt", new=("heads", "task_embed"))
+    assert "new" in report and "heads" in report
+
+
+def test_image_side_message():
+    """Catches an image that is cut to whole patches without a word."""
+    with pytest.raises(ValueError, match="image side 44 is not a multiple of the patch size 8; use 40 or 48"):
+        student().predict(torch.rand(1, 3, 32, 44))
+    with pytest.raises(ValueError, match="no head for flow"):
+        student().predict(torch.rand(1, 3, 32, 32), ["flow"])
+    with pytest.raises(ValueError, match="unknown context dinov9"):
+        student().features(torch.rand(1, 3, 32, 32), "dinov9")
+
+
+# ------------------------------------------------------------------------------------ rendered world
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    """Eight rendered scenes of 64 px."""
+    return data.render(1, range(8), 64)
+
+
+def test_world_is_a_function_of_seed_and_index(scenes):
+    """Catches scenes that change with the batch they are rendered in."""
+    alone = data.render(1, [5], 64)
+    for key in ("image", "depth", "normals", "instance", "sal"):
+        assert np.array_equal(alone[key][0], scenes[key][5]), key
+    assert alone["captions"][0] == scenes["captions"][5]
+    assert not np.array_equal(data.render(2, [5], 64)["image"][0], scenes["image"][5])
+
+
+def camera_points(scenes, i):
+    """Return pixels' points (S, S, 3) in metres and normals, camera frame, z towards the camera."""
+    line = (np.arange(64) + 0.5 - 32) / (64 * data.Scene(1, i).focal)
+    rays = np.stack([np.tile(line, (64, 1)), np.tile(-line[:, None], (1, 64)), np.full((64, 64), -1.0)], -1)
+    return rays, rays * scenes["depth"][i][..., None], scenes["normals"][i]
+
+
+def test_world_normals_face_the_camera_and_agree_with_depth(scenes):
+    """Catches a flipped axis, ray length in place of z, a focal length that labels do not share."""
+    for i in range(8):
+        rays, points, normals = camera_points(scenes, i)
+        assert np.abs(np.linalg.norm(normals, axis=-1) - 1).max() < 1e-5
+        assert (rays * normals).sum(-1).max() < 0  # against the ray: towards the camera
+        assert (normals[scenes["instance"][i] == 2][:, 1] > 0.9).all()  # the floor looks up
+        for axis in (0, 1):  # neighbours on one plane: their difference lies in it
+            step, between = np.diff(points, axis=axis), np.diff(normals, axis=axis)
+            flat = (np.abs(between).max(-1) == 0) & (np.diff(scenes["instance"][i].astype(int), axis=axis) == 0)
+            flat &= scenes["instance"][i][: step.shape[0], : step.shape[1]] == 2
+            out = np.abs((step * normals[: step.shape[0], : step.shape[1]]).sum(-1))[flat]
+            assert flat.sum() > 100 and out.max() < 1e-3
+
+
+def test_world_labels_agree(scenes):
+    """Catches parts off people, classes off their instances, saliency on walls, captions of the unseen."""
+    instance, semseg = scenes["instance"].astype(int), scenes["semseg"]
+    person = data.CLASSES.index("person")
+    assert ((scenes["human_parts"] > 0) == (semseg == person)).all()
+    assert (semseg == np.where(instance < 16, instance - 1, instance // 16)).all()
+    assert (instance[scenes["sal"] == 1] >= 32).all()
+    for i, attributes in enumerate(scenes["attributes"]):
+        for thing in attributes["things"]:
+            assert (instance[i] == thing["instance"]).sum() == thing["pixels"] > 0
+            assert thing["colour"] in scenes["captions"][i]
+        score = scenes["sal"][i] * instance[i]
+        assert len(np.unique(score[score > 0])) >= 1
+
+
+def test_world_edges_lie_where_instances_change(scenes):
+    """Catches edges thinned away (column-major arrays, as .mat files give them), or drawn elsewhere."""
+    for instance in scenes["instance"]:
+        edge = data.boundary_label(instance)
+        assert np.array_equal(edge, data.boundary_label(np.asfortranarray(instance)))
+        near = ndimage.maximum_filter(instance, 3) != ndimage.minimum_filter(instance, 3)
+        assert edge.any() and near[edge == 1].all()
+        assert ndimage.maximum_filter(edge, 5)[near].mean() > 0.98  # but for tips that thinning shortens
+        assert edge.sum() < 0.75 * near.sum()  # thin: near is about three pixels wide
+
+
+# ------------------------------------------------------- a stand-in renderer and a hand-made PASCAL folder
+
+
+def blobs(seed, indices, size):
+    """Stand in for `render`: random rectangles, two people, a speck of a person, a plant."""
+    scenes = {"captions": [], "attributes": []}
+    for index in indices:
+        rng = np.random.default_rng((7, seed, index))
+        instance = np.ones((size, size), np.uint8)
+        instance[size // 2 :] = 2
+        parts = np.zeros_like(instance)
+        labels = (32, 33, 48, 160, 176) if index % 3 else (48, 160)
+        for label in labels:
+            y, x = rng.integers(0, size - 14, 2)
+            instance[y : y + 14, x : x + 10] = label
+            parts[y : y + 14, x : x + 10] = 0
+            if label < 48:
+                parts[y : y + 14, x : x + 10] = np.arange(14)[:, None] // 2  # 0..6
+        if index % 3 == 1:
+            instance[0, :3], parts[0, :3] = 34, 2  # three pixels of a third person
+        normals = rng.normal(size=(size, size, 3))
+        scene = {
+            "image": rng.integers(0, 256, (size, size, 3)).astype(np.uint8), "instance": instance,
+            "semseg": np.where(instance < 16, instance - 1, instance // 16).astype(np.uint8),
+            "human_parts": parts, "sal": (instance == 48).astype(np.uint8),
+            "normals": (normals / np.linalg.norm(normals, axis=-1, keepdims=True)).astype(np.float32),
+            "depth": rng.uniform(1, 8, (size, size)).astype(np.float32),
+        }
+        for key, value in scene.items():
+            scenes.setdefault(key, []).append(value)
+        scenes["captions"].append(f"scene {index}")
+        scenes["attributes"].append({"things": [{"class": "ball", "instance": 48}]})
+    return {key: np.stack(v) if isinstance(v[0], np.ndarray) else v for key, v in scenes.items()}
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "render", blobs)
+    return data.render_world(tmp_path / "world", size=40, train=7, val=3, probe=2)
+
+
+def anno(name, objects):
+    """Write PASCAL-Part structs with scipy dicts, another way than data.py's object arrays."""
+    items = np.empty((1, len(objects)), object)
+    for j, (index, mask, parts) in enumerate(objects):
+        parts = [{"part_name": n, "mask": m.astype(np.uint8)} for n, m in parts]
+        parts = np.array(parts, object)[None] if parts else np.zeros((0, 0))
+        items[0, j] = {"class": "x", "class_ind": index, "mask": mask.astype(np.uint8), "parts": parts}
+    fields = ("class", "class_ind", "mask", "parts")
+    structs = np.empty(items.shape, [(f, object) for f in fields])
+    for j in range(len(objects)):
+        structs[0, j] = tuple(items[0, j][f] for f in fields)
+        if isinstance(items[0, j]["parts"], np.ndarray) and items[0, j]["parts"].dtype == object:
+            rows = items[0, j]["parts"][0]
+            inner = np.empty((1, len(rows)), [("part_name", object), ("mask", object)])
+            for k, row in enumerate(rows):
+                inner[0, k] = (row["part_name"], row["mask"])
+            structs[0, j]["parts"] = inner
+    return {"anno": {"imname": name, "objects": structs}}
+
+
+def box(shape, y, x, h, w):
+    mask = np.zeros(shape, bool)
+    mask[y : y + h, x : x + w] = True
+    return mask
+
+
+@pytest.fixture
+def pascal(tmp_path):
+    """Two images of odd, different sizes: two overlapping people, one without parts, a dog."""
+    root, rng = tmp_path / "PASCALContext", np.random.default_rng(0)
+    for folder in ("JPEGImages", "pascal-context/trainval", "semseg/pascal-context", "semseg/VOC12",
+                   "human_parts", "sal_distill", "normals_distill", "ImageSets/Context",
+                   "ImageSets/Parts", "json"):
+        (root / folder).mkdir(parents=True)
+    names, shapes = ["2008_000002", "2008_000003"], [(37, 51), (45, 29)]
+    for name, (h, w) in zip(names, shapes, strict=True):
+        gray = Image.fromarray(rng.integers(0, 256, (h, w)).astype(np.uint8))
+        gray.save(root / f"JPEGImages/{name}.jpg")
+        labelmap = rng.choice([284, 360, 427, 431, 440], (h // 4 + 1, w // 4 + 1)).astype(np.uint16)
+        labelmap = labelmap.repeat(4, 0).repeat(4, 1)[:h, :w]
+        savemat(root / f"pascal-context/trainval/{name}.mat", {"LabelMap": labelmap})
+        semseg = rng.integers(0, 21, (h, w)).astype(np.uint8)
+        Image.fromarray(semseg).save(root / f"semseg/pascal-context/{name}.png")
+        sal = np.resize([0, 127, 128, 255], (h, w)).astype(np.uint8)
+        Image.fromarray(sal).save(root / f"sal_distill/{name}.png")
+        normals = rng.integers(0, 256, (h, w, 3)).astype(np.uint8)
+        Image.fromarray(normals).save(root / f"normals_distill/{name}.png")
+    shape = shapes[0]
+    objects = [
+        (15, box(shape, 2, 2, 20, 12), [("head", box(shape, 2, 2, 6, 12)), ("nose", box(shape, 4, 4, 2, 2)),
+                                        ("torso", box(shape, 6, 2, 10, 12))]),
+        (12, box(shape, 20, 20, 8, 8), [("head", box(shape, 20, 20, 4, 4))]),
+        (15, box(shape, 10, 8, 20, 12), [("rfoot", box(shape, 10, 8, 6, 12))]),
+        (15, box(shape, 30, 30, 5, 5), []),
+        (15, np.zeros(shape, bool), []),
+    ]
+    savemat(root / f"human_parts/{names[0]}.mat", anno(names[0], objects))
+    savemat(root / f"human_parts/{names[1]}.mat",
+            anno(names[1], [(15, np.zeros(shapes[1], bool), [("head", box(shapes[1], 0, 0, 9, 9))])]))
+    palette = Image.fromarray(np.full(shapes[1], 3, np.uint8), "P")
+    palette.putpalette(list(range(30, 33)) * 256)
+    palette.save(root / f"semseg/VOC12/{names[1]}.png")
+    for split in ("train", "val"):
+        (root / f"ImageSets/Context/{split}.txt").write_text("\n".join(names) + "\n")
+        lists = {names[0]: [15, 12, 15, 15, -1], names[1]: [-1]}
+        (root / f"ImageSets/Parts/{split}.txt").write_text(json.dumps(lists))
+    context = {"person": 284, "sky": 360, "tvmonitor": 427, "unknown": 431, "wall": 440}
+    (root / "json/context_classes.json").write_text(json.dumps(context))
+    nyu = {"person": 331, "television": 172, "unknown": 20, "wall": 21}
+    (root / "json/nyu_classes.json").write_text(json.dumps(nyu))
+    (root / "json/pascal_part.json").write_text("{}")
+    return root
+
+
+# --------------------------------------------------------------------------------------------------- files
+
+
+def test_world_round_trip(world):
+    """A label that a file format, a wrong dtype or a swapped folder changes on the way."""
+    for s, split in enumerate(data.SPLITS):
+        dataset = data.World(world, split)
+        made = blobs(s, range(len(dataset)), 40)
+        for i in range(len(dataset)):
+            sample, instance = dataset.read(i), made["instance"][i]
+            pixels = np.bincount(instance.ravel(), minlength=256)[instance]
+            least = 12 * (40 / 64) ** 2
+            semseg = np.where(pixels < least, 255, made["semseg"][i])
+            assert (sample["semseg"] == semseg).all() and sample["semseg"].dtype == np.uint8
+            parts = np.where((pixels < least) & (instance < 48), 0, made["human_parts"][i])
+            assert (sample["human_parts"] == parts).all()
+            assert (sample["sal"] == made["sal"][i]).all()
+            assert sample["labelmap"].dtype == np.int32 and (sample["labelmap"] == instance).all()
+            assert (sample["instance"] == instance).all()
+            assert sample["depth"].dtype == np.float32 and (sample["depth"] == made["depth"][i]).all()
+            coded = np.rint((made["normals"][i] + 1) / 2 * 255)
+            normals = np.where((instance // 16 == 10)[..., None], 0, 2 * coded / 255 - 1)
+            assert np.abs(sample["normals"] - normals).max() < 1e-6
+            assert np.abs(sample["image"].astype(int) - made["image"][i]).mean() < 12  # JPEG of noise
+            assert sample["caption"] == f"scene {i}" and sample["things"][0]["instance"] == 48
+    assert (semseg == 255).any() or dataset.ids, "the stand-in must produce void pixels"
+    assert dataset.tasks == {"semseg": 12, "human_parts": 7, "normals": 3, "edge": 1, "sal": 2, "depth": 1}
+
+
+def test_void_and_partless_occur(world):
+    """A speck rule that never fires, so that ignore regions are never exercised."""
+    samples = [data.World(world, "train").read(i) for i in range(7)]
+    assert any((s["semseg"] == 255).any() for s in samples)
+    objects = [o for s in samples for o in
+               loadmat(world / f"human_parts/{s['name']}.mat")["anno"][0, 0]["objects"][0]]
+    people = [o for o in objects if o["class_ind"][0, 0] == 15]
+    assert any(len(o["parts"]) == 0 for o in people) and any(o["parts"].size > 2 for o in people)
+
+
+def test_part_files_read_as_the_references_do(world):
+    """Fields out of order or one nesting level off: other people's readers index by position."""
+    lists = json.loads((world / "ImageSets/Parts/train.txt").read_text())
+    for name, entry in lists.items():
+        anno = loadmat(world / f"human_parts/{name}.mat")["anno"][0, 0]
+        assert anno[0][0] == name and anno[1].shape == (1, len(entry))
+        for j in range(anno[1].shape[1]):
+            by_place, by_name = anno[1][0][j], anno["objects"][0, j]
+            assert by_place[1][0, 0] == by_name["class_ind"][0, 0] == entry[j]
+            assert (by_place[2] == by_name["mask"]).all() and by_place[2].shape == (40, 40)
+            assert (by_place[0][0] == "person") == (entry[j] == 15)
+            if len(by_place[3]):
+                assert by_place[3][0][0][0][0] == by_name["parts"][0, 0]["part_name"][0]
+                assert by_place[3][0][0][1].shape == (40, 40)
+
+
+def test_pascal_labels(pascal):
+    """Painting order, people without parts, other classes' parts, gray JPEGs, 16 bit LabelMaps,
+    palette PNGs read as colours, the saliency threshold one too low, normals of masked classes."""
+    dataset = data.PascalContext(pascal, "train")
+    one, two = dataset.read(0), dataset.read(1)
+    assert one["image"].shape == (37, 51, 3) and two["image"].shape == (45, 29, 3)
+    assert (one["image"][..., 0] == one["image"][..., 2]).all()
+    expected = np.zeros((37, 51), np.uint8)
+    expected[2:8, 2:14], expected[6:16, 2:14], expected[10:16, 8:20] = 1, 2, 6
+    assert (one["human_parts"] == expected).all() and not two["human_parts"].any()
+    assert one["labelmap"].max() == 440 and one["labelmap"].dtype == np.int32
+    assert (two["semseg"] == 3).all() and one["semseg"].shape == (37, 51)
+    raw = np.resize([0, 127, 128, 255], (37, 51))
+    assert (one["sal"] == (raw > 127)).all()
+    known = np.isin(one["labelmap"], (284, 427, 440))
+    assert (one["normals"].any(-1) == known).all()
+    coded = np.asarray(Image.open(pascal / "normals_distill/2008_000002.png"))
+    assert (one["normals"][known] == np.float32(2) * coded[known] / np.float32(255) - 1).all()
+    assert dataset.tasks["semseg"] == 21 and "depth" not in one and "depth" not in dataset.tasks
+
+
+def test_parts_list_is_a_gate_and_can_be_rebuilt(pascal, capsys):
+    """Parts decoded against the list, or a missing list that stops or writes to the data folder."""
+    path = pascal / "ImageSets/Parts/train.txt"
+    before = data.PascalContext(pascal, "train").part_lists
+    path.unlink()
+    assert data.PascalContext(pascal, "train").part_lists == before and not path.exists()
+    path.write_text(json.dumps({"2008_000002": [12], "2008_000003": [15]}))
+    dataset = data.PascalContext(pascal, "train")
+    assert not dataset.read(0)["human_parts"].any()
+    assert (dataset.read(1)["human_parts"] == box((45, 29), 0, 0, 9, 9)).all()
+
+
+def test_errors_name_the_file(pascal, world):
+    """Tracebacks from a decoder's depths, skipped samples, or a message without the path."""
+    name = "2008_000003"
+    for folder, suffix in ("JPEGImages", "jpg"), ("pascal-context/trainval", "mat"), ("sal_distill", "png"):
+        path = pascal / f"{folder}/{name}.{suffix}"
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
+            data.PascalContext(pascal, "val").read(1)
+        assert "\n" not in str(caught.value)
+        path.write_bytes(whole)
+    Image.fromarray(np.zeros((9, 9), np.uint8)).save(pascal / f"sal_distill/{name}.png")
+    with pytest.raises(ValueError, match=f"{name}.png has size .9, 9., its image .45, 29."):
+        data.PascalContext(pascal, "val").read(1)
+    (pascal / f"sal_distill/{name}.png").unlink()
+    with pytest.raises(FileNotFoundError, match=f"{name}.png is missing, 1 files in all; see"):
+        data.PascalContext(pascal, "val")
+    with pytest.raises(FileNotFoundError, match="test.txt is missing; splits of this folder: train, val"):
+        data.PascalContext(pascal, "test")
+    with pytest.raises(FileNotFoundError, match="meta.json is missing"):
+        data.open_data(f"world:{pascal}", "train")
+    with pytest.raises(ValueError, match='view "both" is unknown; use "multitask" or "distill"'):
+        data.World(world, "train", view="both")
+    with pytest.raises(ValueError, match='task "parts" is unknown; use semseg, human_parts, '):
+        data.check_tasks(["semseg", "parts"])
+    assert data.open_data(data.World(world, "val").source, "val").ids == data.World(world, "val").ids
+    for spec in "nyud:/x", "pascal", "worlds":
+        with pytest.raises(ValueError, match=f'"{spec}" is unknown; use "world"'):
+            data.open_data(spec, "train")
+    path = world / "depth/train_000004.npy"
+    path.write_bytes(path.read_bytes()[:300])
+    for workers in (0, 1):
+        with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
+            list(data.batches(data.World(world, "train"), 7, 1, workers=workers))
+        assert "\n" not in str(caught.value)
+
+
+def test_rendering_is_atomic(tmp_path, monkeypatch):
+    """Half a world taken for a whole one, a second process in the way, another world's folder."""
+    settings = {"size": 16, "train": 40, "val": 1, "probe": 1}
+    monkeypatch.setenv("PRISM_CACHE", str(tmp_path / "cache"))
+    calls = []
+
+    def failing(seed, indices, size):
+        calls.append((seed, tuple(indices)))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return blobs(seed, indices, size)
+
+    monkeypatch.setattr(data, "render", failing)
+    with pytest.raises(KeyboardInterrupt):
+        data.render_world(**settings)
+    assert not list((tmp_path / "cache").iterdir())
+    root = data.render_world(**settings)
+    assert list((tmp_path / "cache").iterdir()) == [root] and len(calls) == 6
+    assert data.render_world(**settings) == root and len(calls) == 6
+    other = tmp_path / "other"
+
+    def overtaken(seed, indices, size):
+        if seed == 2:  # a second process ends while the last split is being written
+            monkeypatch.setattr(data, "render", blobs)
+            data.render_world(other, **settings)
+        return blobs(seed, indices, size)
+
+    monkeypatch.setattr(data, "render", overtaken)
+    assert data.render_world(other, **settings) == other
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "other"]
+    with pytest.raises(ValueError, match="holds other files than this world; name another folder"):
+        data.render_world(other, **settings | {"train": 41})
+
+
+def test_scenes_are_shared_by_no_two_splits(tmp_path, monkeypatch):
+    """Training scenes in the test split, or seed 1's training split in seed 0's test split."""
+    seen = []
+
+    def render(seed, indices, size):
+        seen.extend((seed, index) for index in indices)
+        return blobs(seed, indices, size)
+
+    monkeypatch.setattr(data, "render", render)
+    for seed in range(3):
+        data.render_world(tmp_path / str(seed), size=16, train=3, val=2, probe=2, seed=seed)
+    assert len(seen) == len(set(seen)) == 21
+
+
+def test_world_key():
+    """A cached world that outlives a change of settings or of the renderer's source."""
+    a, b = data.WorldSettings(), data.WorldSettings(seed=1)
+    assert data.world_key(a) == data.world_key(data.WorldSettings()) != data.world_key(b)
+    text = Path(data.__file__).read_text()
+    assert "def render(" in text.partition("# === rendered world")[2].partition("# === the world on disk")[0]
+
+
+def test_processes_write_the_same_world(tmp_path, monkeypatch):
+    """Scenes that depend on which others share their batch or process."""
+    settings = {"size": 16, "train": 320, "val": 3, "probe": 2}
+    many = data.render_world(tmp_path / "many", **settings)
+    monkeypatch.setattr(data.os, "sched_getaffinity", lambda pid: {0})
+    one = data.render_world(tmp_path / "one", **settings)
+    files = sorted(p.relative_to(one) for p in one.rglob("*") if p.is_file())
+    assert len(files) == 325 * 7 + 11
+    for path in files:  # MATLAB headers carry the time of day: compare what follows
+        skip = 128 if path.suffix == ".mat" else 0
+        assert (one / path).read_bytes()[skip:] == (many / path).read_bytes()[skip:], path
+
+
+def test_check_counts(pascal, world, capsys):
+    """A folder check that passes with files gone, or that cannot decode what it praises."""
+    assert data.check(pascal) and data.check(world)
+    assert "labelmap     (37, 51)" in capsys.readouterr().out
+    (pascal / "normals_distill/2008_000002.png").unlink()
+    assert not data.check(pascal)
+    assert "normals      1 of 2  missing" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------- boundaries
+
+
+def slow_thin(binary):
+    """Guo-Hall pixel by pixel, straight from the definition."""
+    b = np.pad(binary.astype(bool), 1)
+    while True:
+        start = b.copy()
+        for second in (False, True):
+            delete = []
+            for y, x in zip(*np.nonzero(b), strict=True):
+                p = [None, b[y, x + 1], b[y - 1, x + 1], b[y - 1, x], b[y - 1, x - 1],
+                     b[y, x - 1], b[y + 1, x - 1], b[y + 1, x], b[y + 1, x + 1]]
+                p.append(p[1])
+                g1 = sum(not p[2 * i - 1] and (p[2 * i] or p[2 * i + 1]) for i in range(1, 5)) == 1
+                n1 = sum(p[2 * k - 1] or p[2 * k] for k in range(1, 5))
+                n2 = sum(p[2 * k] or p[2 * k + 1] for k in range(1, 5))
+                g3 = not ((p[6] or p[7] or not p[4]) and p[5]) if second else \
+                    not ((p[2] or p[3] or not p[8]) and p[1])
+                if g1 and 2 <= min(n1, n2) <= 3 and g3:
+                    delete.append((y, x))
+            for place in delete:
+                b[place] = False
+        if (b == start).all():
+            return b[1:-1, 1:-1]
+
+
+def test_thin_against_pixel_by_pixel():
+    """A wrong table entry, a shifted neighbour, stopping after half a pair."""
+    rng = np.random.default_rng(1)
+    for i in range(120):
+        noise = rng.random(rng.integers(1, 26, 2))
+        binary = noise > 0.4 if i % 2 else ndimage.gaussian_filter(noise, 1.5) > 0.5
+        assert (data.thin(binary) == slow_thin(binary)).all()
+    assert (data.thin(np.ones((5, 9))) == slow_thin(np.ones((5, 9)))).all()
+
+
+def test_boundary_label():
+    """Borders that count as edges or are repeated, gradients instead of a Laplacian, 8 bit overflow."""
+    rng = np.random.default_rng(2)
+    kernel = np.array([[0, 1, 0], [1, -4, 1], [0, 1, 0]])
+    for i in range(20):
+        labelmap = rng.integers(1, 460 if i % 2 else 4, rng.integers(3, 30, 2))
+        labelmap = labelmap.repeat(1 + i % 3, 0).repeat(1 + i % 2, 1)  # fine ones test the border
+        laplacian = ndimage.correlate(labelmap.astype(np.int64), kernel, mode="mirror")
+        assert (data.boundary_label(labelmap) == slow_thin(laplacian != 0)).all()
+    labelmap = np.full((9, 11), 100)
+    assert not data.boundary_label(labelmap).any()
+    labelmap[:, 5], labelmap[:, 6:] = 200, 300  # the mean: no edge on the column itself
+    marked = data.boundary_label(labelmap)
+    assert not marked[:, 5].any() and marked[:, 4].all() and marked[:, 6].all()
+
+
+# ---------------------------------------------------------------------------------------------- transforms
+
+
+def test_nearest_is_opencvs():
+    """i * source / target, torch's or Pillow's rounding: labels half a pixel beside the image."""
+    for source in range(1, 90, 4):
+        for target in range(1, 130, 3):
+            step = 1.0 / (float(target) / float(source))
+            expected = [min(int(np.floor(i * step)), source - 1) for i in range(target)]
+            assert data.nearest(target, source).tolist() == expected
+    naive = [(s, t) for s in range(30, 90) for t in range(30, 90)
+             if (data.nearest(t, s) != np.arange(t) * s // t).any()]
+    assert naive, "the rule must differ from the naive one somewhere"
+
+
+def test_bilinear_is_opencvs():
+    """Corner-aligned or antialiased resizing; cropping that shifts the sampling grid."""
+    rng = np.random.default_rng(3)
+    for h, w, tall, wide in (31, 43, 50, 60), (31, 43, 20, 23), (8, 8, 5, 16), (1, 7, 2, 3):
+        image = rng.integers(0, 256, (h, w, 3)).astype(np.uint8)
+        whole = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+        whole = torch.nn.functional.interpolate(whole, (tall, wide), mode="bilinear")[0]
+        rows, columns = np.arange(tall)[tall // 4 :], np.arange(wide)[::-1]
+        ours = data.bilinear(image, rows, columns, tall, wide)
+        expected = whole.permute(1, 2, 0).numpy()[tall // 4 :, ::-1]
+        assert ours.dtype == np.float32 and np.abs(ours - expected).max() < 0.02
+
+
+def coded_sample(h, w, rng):
+    """Build a sample whose depth tells which pixel a value came from."""
+    place = np.arange(h * w).reshape(h, w)
+    normals = rng.normal(size=(h, w, 3)).astype(np.float32)
+    return {
+        "image": rng.integers(0, 256, (h, w, 3)).astype(np.uint8), "name": "x",
+        "semseg": (place % 5).astype(np.uint8), "human_parts": (place % 7).astype(np.uint8),
+        "normals": normals, "edge": (place % 2).astype(np.uint8), "sal": (place % 3 == 0).astype(np.uint8),
+        "depth": (place + 1).astype(np.float32),
+    }
+
+
+def test_multitask_view_moves_all_labels_alike():
+    """A label flipped alone, x of normals not negated, depth multiplied or not divided by the scale."""
+    rng, flips = np.random.default_rng(4), set()
+    sample = coded_sample(40, 52, rng)
+    kept = {key: np.copy(value) for key, value in sample.items()}
+    for step in range(40):
+        view = data.multitask_view(sample, (32, 32), np.random.default_rng((0, step, 0)))
+        scale = np.random.default_rng((0, step, 0)).uniform(0.5, 2)
+        place = np.rint(view["depth"] * scale).astype(int) - 1
+        assert np.abs(view["depth"] * scale - place - 1).max() < 2e-3
+        rows, columns = place[:, 0] // 52, place[0] % 52
+        assert (place == rows[:, None] * 52 + columns).all() and (np.diff(rows) >= 0).all()
+        flip = columns[0] > columns[-1]
+        flips.add(bool(flip))
+        tall, wide = int(40 * scale), int(52 * scale)
+        assert place.shape == (min(32, tall), min(32, wide)) == view["image"].shape[:2]
+        every_row = data.nearest(tall, 40)
+        assert any((every_row[t : t + 32] == rows).all() for t in range(max(tall - 32, 0) + 1))
+        for key in ("semseg", "human_parts", "edge", "sal"):
+            assert (view[key] == sample[key].ravel()[place]).all(), key
+        expected = sample["normals"].reshape(-1, 3)[place] * ([-1, 1, 1] if flip else [1, 1, 1])
+        assert (view["normals"] == expected.astype(np.float32)).all()
+    assert flips == {True, False}
+    for key, value in kept.items():
+        assert (sample[key] == value).all(), f"{key} of the cached sample was changed"
+
+
+def test_image_and_labels_stay_aligned():
+    """An image cropped or flipped differently from its labels, by a pixel or more."""
+    blocks = (np.indices((48, 48)) // 12).sum(0) % 2
+    sample = coded_sample(48, 48, np.random.default_rng(0))
+    sample |= {"image": np.repeat((blocks * 200 + 20)[..., None], 3, -1).astype(np.uint8),
+               "semseg": blocks.astype(np.uint8)}
+    for step in range(20):
+        view = data.multitask_view(sample, (40, 40), np.random.default_rng((1, step, 0)))
+        bright = view["image"].astype(float).mean(-1)
+        middle = (bright.max() + bright.min()) / 2
+        wrong = (bright > middle) != view["semseg"]
+        inside = ~ndimage.binary_dilation(ndimage.morphological_gradient(view["semseg"], 3) > 0)
+        assert not (wrong & inside).any() and inside.any()
+
+
+class CountingRng:
+    def __init__(self, seed):
+        self.rng, self.draws = np.random.default_rng(seed), 0
+
+    def integers(self, *args):
+        self.draws += 1
+        return self.rng.integers(*args)
+
+
+def test_crop_avoids_single_classes():
+    """Void counted as a class, an endless search, or a search that stops too early."""
+    axis = np.arange(60)
+    semseg = np.zeros((60, 60), np.uint8)
+    rng = CountingRng(0)
+    rows, columns = data.choose_crop(semseg, axis, axis, (20, 20), rng)
+    assert rng.draws == 22 and len(rows) == len(columns) == 20
+    semseg[:, 30:] = 255  # one class and void is still one class
+    rng = CountingRng(0)
+    data.choose_crop(semseg, axis, axis, (20, 20), rng)
+    assert rng.draws == 22
+    semseg[:, 30:] = 1
+    for seed in range(30):
+        rows, columns = data.choose_crop(semseg, axis, axis, (40, 40), CountingRng(seed))
+        assert np.bincount(semseg[np.ix_(rows, columns)].ravel(), minlength=2).max() < 0.75 * 1600
+    ends = {int(data.choose_crop(None, axis, axis, (57, 57), CountingRng(s))[0][0]) for s in range(60)}
+    assert ends == {0, 1, 2, 3}, "both ends of the range of offsets belong to it"
+    rows, columns = data.choose_crop(semseg, axis[:9], axis, (20, 20), CountingRng(0))
+    assert len(rows) == 9 and len(columns) == 20
+
+
+def test_hsv_against_the_standard_library():
+    """A sextant mixed up, hue in 0..255, truncation that darkens the picture each time."""
+    image = np.random.default_rng(5).integers(0, 256, (40, 50, 3)).astype(np.uint8)
+    image[0, :7] = [[0] * 3, [255] * 3, [255, 0, 0], [0, 255, 0], [0, 0, 255], [9, 9, 8], [7] * 3]
+    hsv = np.moveaxis(data.rgb_to_hsv(image), 0, -1)
+    assert hsv[0, 2:5, 0].tolist() == [0, 60, 120] and hsv[..., 0].max() < 180
+    expected = np.array([[colorsys.rgb_to_hsv(*(p / 255)) for p in row] for row in image])
+    error = np.abs(hsv - expected * (180, 255, 255))
+    assert np.minimum(error[..., 0], 180 - error[..., 0]).max() <= 0.51 and error[..., 1:].max() <= 0.51
+    back = np.array([[colorsys.hsv_to_rgb(*(p / (180, 255, 255))) for p in row] for row in hsv])
+    ours = data.hsv_to_rgb(np.moveaxis(hsv, -1, 0))
+    assert 0.3 < (back * 255 - ours).mean() and np.abs(ours - back * 255).max() < 1.01  # cut off
+    drift = np.abs(ours.astype(int) - image)
+    assert 0.4 < drift.mean() < 0.7 and drift.max() <= 5  # the released round trip: 0.55, 5
+
+
+def test_distortion_statistics():
+    """A coin that never or always falls one way; a change applied twice."""
+    image = np.full((4, 4, 3), (120, 90, 60), np.uint8)
+    seen = np.array([data.distort_colours(image, np.random.default_rng(s))[0, 0] for s in range(2000)])
+    same = np.abs(seen - (120, 90, 60)).max(1) <= 2
+    assert 0.05 < same.mean() < 0.09  # 1/16, and draws too small to see
+    assert 30 < seen[:, 0].min() < 60 and 210 < seen[:, 0].max() < 236
+    spread = np.ptp(seen.astype(int), axis=1)
+    assert spread.min() < 20 and spread.max() > 110 and (image == (120, 90, 60)).all()
+
+
+def test_padding_and_ignore():
+    """Odd padding on the wrong side, grey instead of mean colour, zero depth or normals as labels."""
+    sample = coded_sample(5, 8, np.random.default_rng(6))
+    sample["depth"][0, 0], sample["normals"][1, 1], sample["human_parts"][:] = 0, 0, 0
+    out = data.to_tensors(sample, (8, 11))
+    assert out["image"].shape == (3, 8, 11) and out["image"].dtype == torch.float32
+    inside = (slice(1, 6), slice(1, 9))
+    assert torch.equal(out["semseg"][inside], torch.from_numpy(sample["semseg"]).long())
+    assert torch.allclose(out["image"][:, 0, 0], torch.tensor([0.485, 0.456, 0.406]))
+    image = out["image"][(slice(None), *inside)].permute(1, 2, 0)
+    assert torch.equal(image, torch.from_numpy(sample["image"]) / 255)
+    outside = torch.ones(8, 11, dtype=bool)
+    outside[inside] = False
+    for key in ("semseg", "sal", "edge", "depth"):
+        assert (out[key][outside] == 255).all(), key
+    assert (out["normals"][:, outside] == 255).all() and (out["normals"][:, 2, 2] == 255).all()
+    assert (out["normals"] == 255).all(0).sum() == outside.sum() + 1
+    assert out["depth"][1, 1] == 255 and (out["depth"] == 255).sum() == outside.sum() + 1
+    assert (out["human_parts"] == 255).all() and out["human_parts"].dtype == torch.int64
+    sample["human_parts"][3, 3] = 4
+    out = data.to_tensors(sample, (8, 11))["human_parts"]
+    assert (out == 0).sum() == 39 and (out == 4).sum() == 1
+    assert data.to_tensors(sample, (4, 4))["semseg"].shape == (5, 8), "never cropped"
+
+
+def test_distill_view():
+    """Crops outside the asked share of the area or ratio, labels let through, no mirror."""
+    ramp = np.stack(np.meshgrid(np.arange(96), np.arange(120)), -1)
+    image = np.concatenate([ramp, ramp[..., :1]], -1).astype(np.uint8)  # red x, green y
+    shares, flips = [], []
+    for seed in range(300):
+        out = data.distill_view(image, (24, 24), np.random.default_rng(seed), (0.3, 0.6))["image"]
+        out = out.astype(float)
+        assert out.shape == (24, 24, 3)
+        wide = abs(out[0, -1, 0] - out[0, 0, 0]) * 24 / 23
+        tall = (out[-1, 0, 1] - out[0, 0, 1]) * 24 / 23
+        shares.append(wide * tall / image[..., 0].size)
+        assert 0.66 < wide / tall < 1.5
+        flips.append(out[0, 0, 0] > out[0, -1, 0])
+    assert 0.27 < min(shares) < 0.33 and 0.56 < max(shares) < 0.65 and 0.4 < np.mean(flips) < 0.6
+    thin_image = np.zeros((10, 100, 3), np.uint8)
+    assert data.distill_view(thin_image, (8, 6), np.random.default_rng(0), (1, 1))["image"].shape == (8, 6, 3)
+
+
+# -------------------------------------------------------------------------------------------------- loader
+
+
+def same_batches(a, b):
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k] for k in a)
+
+
+def test_loader_is_a_function_of_seed_and_step(world):
+    """Resuming or adding ranks or workers that changes what is seen; epochs that repeat a sample."""
+    dataset = data.World(world, "train", seed=3)
+    whole = list(data.batches(dataset, 4, 9, seed=3))
+    names = sum((batch["name"] for batch in whole), [])
+    assert len(whole) == 9 and all(sorted(names[k : k + 7]) == dataset.ids for k in range(0, 35, 7))
+    assert names[:7] != names[7:14]
+    state = torch.get_rng_state()
+    again = list(data.batches(data.World(world, "train", seed=3), 4, 9, seed=3, workers=2))
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(map(same_batches, whole, again))
+    resumed = list(data.batches(dataset, 4, 9, start=5, seed=3))
+    assert len(resumed) == 4 and all(map(same_batches, whole[5:], resumed))
+    ranks = [list(data.batches(dataset, 2, 9, seed=3, rank=r, world_size=2)) for r in (0, 1)]
+    for one, left, right in zip(whole, *ranks, strict=True):
+        assert one["name"] == left["name"] + right["name"]
+        joined = {k: torch.cat([left[k], right[k]]) if k != "name" else one[k] for k in one}
+        assert same_batches(one, joined)
+    assert names != sum((b["name"] for b in data.batches(dataset, 4, 9, seed=4)), [])
+    other = next(data.batches(data.World(world, "train", seed=5), 4, 1, seed=3))
+    assert other["name"] == whole[0]["name"] and not same_batches(other, whole[0])
+
+
+def test_views_and_splits(world):
+    """Random views of the test split, labels read for distillation, a view that is never random."""
+    train, val = data.World(world, "train"), data.World(world, "val")
+    assert same_batches(val[(1, 5, 0)], val[1]) and same_batches(val[1], data.World(world, "val", cache=False)[1])
+    assert not same_batches(train[(1, 5, 0)], train[(1, 6, 0)]) and not same_batches(train[(1, 5, 0)], train[(1, 5, 1)])
+    assert same_batches(train[(1, 5, 0)], data.World(world, "train", cache=False)[(1, 5, 0)])
+    assert same_batches(data.World(world, "train", train=False)[(1, 5, 0)], train[1])
+    distill = data.World(world, "train", view="distill", size=(24, 32))
+    assert set(distill[(0, 0, 0)]) == {"image", "name"} and distill[(0, 0, 0)]["image"].shape == (3, 24, 32)
+    batch = next(data.batches(train, 5, 1))
+    shapes = {k: (tuple(v.shape), v.dtype) for k, v in batch.items() if k != "name"}
+    flat, f, i = (5, 40, 40), torch.float32, torch.int64
+    assert shapes == {"image": ((5, 3, 40, 40), f), "semseg": (flat, i), "human_parts": (flat, i),
+                      "normals": ((5, 3, 40, 40), f), "edge": (flat, f), "sal": (flat, i), "depth": (flat, f)}
+    assert batch["image"].min() >= 0 and batch["image"].max() <= 1 and isinstance(batch["name"], list)
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def test_colourise():
+    """Ignored pixels in a class colour, mirrored normals, two classes of one colour."""
+    ids = np.array([list(range(12)) + [255]], np.uint8)
+    for task, count in ("semseg", 12), ("human_parts", 7):
+        picture = data.colourise(task, ids)
+        assert picture.dtype == np.uint8 and picture[0, -1].tolist() == [128] * 3
+        assert len({tuple(p) for p in picture[0, :count].tolist()}) == count
+    forty = data.colourise("semseg", np.arange(40)[None])
+    assert len({tuple(p) for p in forty[0].tolist()}) == 40
+    normals = np.array([[[0, 0, 1], [1, 0, 0], [0, 0, 0], [255, 255, 255]]], np.float32)
+    picture = data.colourise("normals", normals)[0].tolist()
+    assert picture == [[127, 127, 255], [255, 127, 127], [128] * 3, [128] * 3]
+    depth = data.colourise("depth", np.array([[2.0, 6.0, 0.0, 255.0]]))[0].tolist()
+    assert depth == [[253, 231, 37], [68, 1, 84], [128] * 3, [128] * 3]
+    assert data.colourise("sal", np.array([[0, 1, 255]]))[0].tolist() == [[0] * 3, [255] * 3, [128] * 3]
+    assert data.colourise("edge", np.array([[0.5]]))[0, 0].tolist() == [127] * 3
+
+
+def test_contact_sheet(world, pascal):
+    """A sheet that only square images, or only the world, can be drawn on."""
+    assert data.contact_sheet(data.World(world, "val"), 8).width == 7 * 198
+    assert data.contact_sheet(data.PascalContext(pascal, "val"), 2, cell=64).width == 6 * 70
+
+
+# ------------------------------------------------------------------------------------- plain versions
+
+
+def plain_miou(predictions, targets, n):
+    tp, fp, fn = [0] * n, [0] * n, [0] * n
+    for p, t in zip(np.ravel(predictions).tolist(), np.ravel(targets).tolist(), strict=True):
+        if t != 255 and p == t:
+            tp[t] += 1
+        elif t != 255:
+            fp[p] += 1
+            fn[t] += 1
+    return [100 * tp[c] / max(tp[c] + fp[c] + fn[c], 1e-8) for c in range(n)]
+
+
+def plain_saliency(predictions, targets):
+    """maxF from sums over the data set, mIoU from means over images."""
+    f, miou = [], []
+    for threshold in torch.arange(0.05, 1, 0.05):
+        tp = predicted = salient = 0
+        per_image = []
+        for p, t in zip(predictions, targets, strict=True):
+            valid = t != 255
+            if not valid.any():
+                continue
+            over, truth = torch.tensor(p[valid]) >= threshold, torch.tensor(t[valid] == 1)
+            both = int((over & truth).sum())
+            tp, predicted, salient = tp + both, predicted + int(over.sum()), salient + int(truth.sum())
+            union = int((over | truth).sum())
+            per_image.append(both / union if union else 1.0)
+        precision, recall = tp / (predicted + 1e-8), tp / (salient + 1e-8)
+        f.append(1.3 * precision * recall / (0.3 * precision + recall + 1e-8))
+        miou.append(sum(per_image) / max(len(per_image), 1))
+    return 100 * max(f), 100 * max(miou)
+
+
+def plain_angles(predictions, targets):
+    """acos of the clipped dot product, pixel by pixel."""
+    angles = []
+    for p, t in zip(predictions.reshape(-1, 3).tolist(), targets.reshape(-1, 3).tolist(), strict=True):
+        if 255 in t or not any(t):
+            continue
+        dot = sum(a * b for a, b in zip(p, t, strict=True)) / math.hypot(*p) / math.hypot(*t)
+        angles.append(math.degrees(math.acos(max(-1.0, min(1.0, dot)))))
+    return np.array(angles)
+
+
+def plain_boundary(labels):
+    h, w = labels.shape
+    marked = np.zeros((h, w), bool)
+    for y in range(h):
+        for x in range(w):
+            around = [(y, x + 1), (y + 1, x), (y + 1, x + 1)]
+            if y == h - 1:
+                around = [(y, x + 1)]
+            elif x == w - 1:
+                around = [(y + 1, x)]
+            marked[y, x] = any(labels[v, u] != labels[y, x] for v, u in around if v < h and u < w)
+    return marked
+
+
+def plain_match(predicted, truth, radius):
+    """Try every assignment: exponential, so for a handful of pixels."""
+    left, right = np.argwhere(predicted).tolist(), np.argwhere(truth).tolist()
+
+    def best(i, used):
+        if i == len(left):
+            return 0
+        most = best(i + 1, used)
+        for j, place in enumerate(right):
+            if j not in used and math.dist(left[i], place) <= radius:
+                most = max(most, 1 + best(i + 1, used | {j}))
+        return most
+
+    return best(0, frozenset())
+
+
+# -------------------------------------------------------------------------------------------- metrics
+
+SHAPE = (5, 24, 20)  # images, rows, columns
+
+
+def sample(task, seed=0):
+    """Return predictions and targets of five images; in the last one nothing is labelled."""
+    rng = np.random.default_rng(seed)
+    ignored = rng.random(SHAPE) < 0.2
+    ignored[-1] = True
+    if task == "semseg":  # class 4 is never there, class 3 only predicted
+        p, t = rng.integers(0, 4, SHAPE), rng.integers(0, 3, SHAPE).astype(np.uint8)
+        return p, np.where(ignored, 255, t)
+    if task == "sal":  # half of the probabilities lie exactly on a threshold
+        t = rng.random(SHAPE) < 0.3
+        steps = torch.arange(0.05, 1, 0.05).numpy()[rng.integers(0, 19, SHAPE)]
+        p = np.where(rng.random(SHAPE) < 0.5, steps, rng.random(SHAPE)).astype(np.float32)
+        p[1], t[1] = 0, False  # nothing salient, nothing predicted: the released code divides by zero
+        return p, np.where(ignored, 255, t).astype(np.uint8)
+    if task == "normals":
+        p, t = rng.normal(size=(2, *SHAPE, 3)).astype(np.float32)
+        t = np.where(rng.random(SHAPE)[..., None] < 0.5, p + 0.1 * t, t).astype(np.float32)
+        t[ignored] = 255
+        t[0, :3] = 0
+        return p, t
+    if task == "depth":
+        t = rng.uniform(0.5, 10, SHAPE).astype(np.float32)
+        p = (t * rng.normal(1, 0.3, SHAPE)).astype(np.float32)
+        t[ignored], t[0, :2], t[1, :2] = 255, 0, 81
+        return p, t
+    labels = np.repeat(np.repeat(rng.integers(0, 3, (5, 4, 4)), 6, 1), 5, 2).astype(np.int32)
+    edges = np.stack([scoring.seg2bmap(x) for x in labels])
+    return (0.5 * edges + 0.5 * rng.random(SHAPE)).astype(np.float32), labels
+
+
+def build(task):
+    return {"semseg": lambda: scoring.MeanIoU(5), "sal": scoring.MaxF, "normals": scoring.NormalError,
+            "depth": scoring.DepthRMSE, "edge": lambda: scoring.BoundaryF(0.05)}[task]()
+
+
+def score(task, predictions, targets):
+    metric = build(task)
+    metric.update(predictions, targets)
+    return metric.compute()
+
+
+def same_numbers(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        np.testing.assert_allclose(a[key], b[key], rtol=1e-12, err_msg=key)
+
+
+def test_miou_equals_loops_and_counts_absent_classes():
+    """Would catch: ignored pixels counted as false positives, absent classes left out of the mean."""
+    p, t = sample("semseg")
+    got = score("semseg", p, t)
+    np.testing.assert_allclose(got["per_class"], plain_miou(p, t, 5), rtol=1e-12)
+    assert got["per_class"][3:] == [0, 0] and got["miou"] == pytest.approx(sum(got["per_class"]) / 5)
+    hand = scoring.MeanIoU(3)
+    hand.update(np.array([[0, 0, 1, 1]]), np.array([[0, 1, 1, 255]]))  # IoU 1/2, 1/2, absent
+    assert hand.compute()["miou"] == pytest.approx(100 / 3)
+
+
+def test_miou_of_images_without_labels_is_zero_and_wrong_ids_are_named():
+    """Would catch: nan or a crash on images without people; ids that wrap around in the bincount."""
+    metric = scoring.MeanIoU(7)
+    metric.update(np.zeros((4, 4), int), np.full((4, 4), 255))
+    assert metric.compute() == {"miou": 0.0, "per_class": [0.0] * 7}
+    with pytest.raises(ValueError, match="target has class ids 9..9 for 7 classes"):
+        metric.update(np.zeros((1, 1), int), np.full((1, 1), 9))
+    with pytest.raises(ValueError, match="differ in shape"):
+        metric.update(np.zeros((4, 4), int), np.zeros((4, 5), int))
+
+
+def test_saliency_equals_loops():
+    """Would catch: > for >=, thresholds in float64, per-image F, beta^2 = 1, IoU of the pooled counts."""
+    p, t = sample("sal")
+    got = score("sal", p, t)
+    assert [got["maxf"], got["miou"]] == pytest.approx(plain_saliency(p, t), rel=1e-12)
+
+
+def test_saliency_by_hand():
+    """Would catch: precision and recall swapped where beta^2 = 0.3 tells them apart."""
+    got = score("sal", np.array([[0.9, 0.9, 0.1, 0.0]]), np.array([[1, 0, 1, 0]]))
+    # t <= .1: P 2/3, R 1, F 1.3 (2/3) / (.2 + 1) = .7222;  t in (.1, .9]: P = R = 1/2, F = 1/2
+    assert got["maxf"] == pytest.approx(100 * 1.3 * (2 / 3) / 1.2, abs=1e-4)
+    assert got["miou"] == pytest.approx(100 * 2 / 3)
+
+
+def test_saliency_without_salient_pixels_does_not_divide_by_zero():
+    """Would catch: the released code's ZeroDivisionError on an empty image, and on no image at all."""
+    assert scoring.MaxF().compute() == {"maxf": 0.0, "miou": 0.0}
+    assert score("sal", np.zeros((3, 3)), np.zeros((3, 3), int)) == {"maxf": 0.0, "miou": 100.0}
+
+
+def test_normals_equal_loops_in_both_layouts():
+    """Would catch: unnormalised predictions, zero or 255 normals scored, channels mixed with rows."""
+    p, t = sample("normals")
+    got, angles = score("normals", p, t), plain_angles(p, t)
+    assert got["mean"] == pytest.approx(angles.mean(), abs=1e-5)
+    low, high = np.sort(angles)[[(len(angles) - 1) // 2, len(angles) // 2]]
+    assert low - 0.01 <= got["median"] <= high + 0.01
+    for limit in (11.25, 22.5, 30):
+        assert got[f"within_{limit:g}"] == pytest.approx(100 * (angles < limit).mean(), abs=1e-9)
+    first = (np.moveaxis(x, -1, 1) for x in (3 * p, t))
+    same_numbers(got | {"mean": 0}, score("normals", *first) | {"mean": 0})
+
+
+def test_normals_by_hand():
+    """Would catch: an acos whose rounding turns small angles into 0, a median off by half a bin."""
+    angles = np.array([1e-5, 20, 90, 180, 40])
+    p = np.stack([np.sin(np.radians(angles)), 0 * angles, np.cos(np.radians(angles))], -1)[None]
+    metric = scoring.NormalError()
+    metric.update(p[:, :1], np.array([[[0.0, 0, 1]]]))
+    assert metric.compute()["mean"] == pytest.approx(1e-5, rel=1e-6)
+    metric.update(p[:, 1:], np.tile([0.0, 0, 1], (1, 4, 1)))
+    got = metric.compute()
+    assert got["mean"] == pytest.approx(66, abs=1e-5) and got["median"] == pytest.approx(40, abs=0.01)
+    assert [got[f"within_{x}"] for x in ("11.25", "22.5", "30")] == [20, 40, 40]
+    assert scoring.median_bin(np.array([1, 3, 0])) == pytest.approx(4 / 3)
+    fine = scoring.NormalError()
+    spread = np.radians(np.random.default_rng(0).uniform(0, 60, 9999))
+    fine.update(np.stack([np.sin(spread), 0 * spread, np.cos(spread)], -1)[None],
+                np.tile([0.0, 0, 1], (1, 9999, 1)))
+    assert fine.compute()["median"] == pytest.approx(np.degrees(np.median(spread)), abs=0.01)
+
+
+def test_depth_equals_loops():
+    """Would catch: a mean of per-image errors, unknown (0), ignored (255) or far (81 m) depth scored."""
+    p, t = sample("depth")
+    pairs = [(max(a, 1e-9), b) for a, b in zip(p.ravel().tolist(), t.ravel().tolist(), strict=True)
+             if 0 < b < 80]
+    got = score("depth", p, t)
+    assert got["rmse"] == pytest.approx(math.sqrt(sum((a - b) ** 2 for a, b in pairs) / len(pairs)))
+    close = sum(max(a / b, b / a) < 1.25 for a, b in pairs)
+    assert got["delta1"] == pytest.approx(100 * close / len(pairs))
+    # pooled: sqrt((1 + 9) / 4), not the mean of sqrt(1/2) and sqrt(9/2)
+    hand = score("depth", np.array([[[3.0, 2]], [[5, 2]]]), np.array([[[2.0, 2]], [[2, 2]]]))
+    assert hand == {"rmse": pytest.approx(math.sqrt(2.5)), "delta1": 50.0}
+
+
+def test_no_valid_pixel_is_nan_not_zero():
+    """Would catch: a perfect 0.0 degrees or metres from a data set without labels."""
+    for task in ("normals", "depth"):
+        p, t = sample(task)
+        assert all(math.isnan(x) for x in score(task, p[-1:], t[-1:]).values())
+
+
+def test_seg2bmap_equals_loops():
+    """Would catch: a marked bottom-right corner, last row or column compared with what is not there."""
+    labels = np.random.default_rng(0).integers(0, 2, (40, 5, 6))
+    for x in labels:
+        assert np.array_equal(scoring.seg2bmap(x), plain_boundary(x))
+    one = np.zeros((3, 3), int)
+    one[2, 2] = 7
+    assert np.argwhere(scoring.seg2bmap(one)).tolist() == [[1, 1], [1, 2], [2, 1]]
+
+
+def test_match_is_the_largest_matching():
+    """Would catch: greedy pairs, a pixel used twice, a radius cut to whole pixels or to squares."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        predicted, truth = np.zeros((2, 5, 6), bool)
+        for grid in (predicted, truth):
+            grid.ravel()[rng.choice(30, rng.integers(0, 7), replace=False)] = True
+        radius = rng.choice([0.5, 1, 1.5, 2, 2.3, 3])
+        assert scoring.match(predicted, truth, radius) == plain_match(predicted, truth, radius)
+    predicted, truth = np.zeros((2, 1, 4), bool)
+    predicted[0, [1, 2]], truth[0, [0, 2]] = True, True  # nearest first pairs 2-2 or 1-2, then is stuck
+    assert scoring.match(predicted, truth, 1) == 2
+
+
+def test_boundary_counts_equal_loops():
+    """Would catch: counts of a skipped threshold lost or stale, > for >=, a radius of the wrong side."""
+    p, labels = sample("edge")
+    p = np.round(p, 1)  # most thresholds leave the binary map as it was
+    got, expected = score("edge", p, labels), np.zeros((19, 4), np.int64)
+    for image, label in zip(p, labels, strict=True):
+        truth = data.thin(plain_boundary(label))
+        for k in range(19):
+            binary = data.thin(image >= np.float32((k + 1) / 20))
+            matches = scoring.match(binary, truth, 0.05 * math.sqrt(24**2 + 20**2))
+            expected[k] += [matches, truth.sum(), matches, binary.sum()]
+    assert np.array_equal(got["counts"], expected)
+    scores = [2 * a / b * c / d / (a / b + c / d) if a else 0.0 for a, b, c, d in expected.tolist()]
+    best = int(np.argmax(scores))
+    assert got["odsf"] == pytest.approx(100 * scores[best])
+    assert got["threshold"] == pytest.approx((best + 1) / 20)
+    assert got["recall"] == pytest.approx(100 * expected[best][0] / expected[best][1])
+
+
+def test_boundary_extremes():
+    """Would catch: precision 0/0 without predictions, 8-bit maps read as probabilities, a score of
+    untouched images, and label maps from .mat files, whose columns lie in a row in memory."""
+    labels = 3 * np.tri(12, dtype=np.int32)  # a diagonal: its boundary needs thinning
+    truth = data.thin(scoring.seg2bmap(labels))
+    perfect = score("edge", truth.astype(np.float32), labels)
+    assert [perfect[k] for k in ("odsf", "precision", "recall")] == [100, 100, 100]
+    assert np.array_equal(score("edge", 255 * truth.astype(np.uint8), labels)["counts"], perfect["counts"])
+    fortran = score("edge", truth.astype(np.float32), np.asfortranarray(labels))
+    assert np.array_equal(fortran["counts"], perfect["counts"])
+    silent = score("edge", np.zeros((12, 12), np.float32), labels)
+    assert (silent["odsf"], silent["precision"], silent["recall"]) == (0, 100, 0)
+    assert score("edge", np.zeros((12, 12)), 0 * labels)["odsf"] == 0
+    with pytest.raises(ValueError, match="use sak or simple"):
+        scoring.BoundaryF(0.01, protocol="seism")
+
+
+@pytest.mark.parametrize("task", ["semseg", "sal", "normals", "edge", "depth"])
+def test_merge_order_and_batching_change_nothing(task):
+    """Would catch: means of means over processes, a metric that takes a batch for one image, state
+    that is shared instead of copied, tensors and arrays scored differently."""
+    p, t = sample(task)
+    whole = score(task, p, t)
+    parts = [build(task), build(task)]
+    for i in (3, 0, 4, 2, 1):
+        parts[i % 2].update(torch.from_numpy(p[i]), torch.from_numpy(t[i]))
+    kept = parts[1].state()
+    parts[0].merge(parts[1].state())
+    same_numbers(whole, parts[0].compute())
+    assert all(np.array_equal(kept[k], parts[1].sums[k]) for k in kept)
+    assert not any(np.shares_memory(kept[k], parts[1].sums[k]) for k in kept)
+    assert all(v.dtype in (np.int64, np.float64) for v in kept.values())
+
+
+def test_bfloat16_predictions_are_scored_and_nan_is_not():
+    """Would catch: numpy's refusal of bfloat16 on a GPU run, and nan that counts as a low score."""
+    half = torch.tensor([[2.0, 4.0]], dtype=torch.bfloat16)
+    assert score("depth", half, torch.tensor([[2.0, 4.0]]))["rmse"] == 0
+    with pytest.raises(ValueError, match="not finite"):
+        score("depth", half * math.nan, torch.tensor([[2.0, 4.0]]))
+
+
+def test_delta_m_reproduces_the_paper():
+    """Would catch: the sign of normals or depth, and the paper's typed 2.29 where its row gives 2.52."""
+    tasks = ("semseg", "human_parts", "sal", "normals", "edge")
+    single = dict(zip(tasks, (80.25, 70.54, 84.54, 13.57, 74.22), strict=True))
+    student = dict(zip(tasks, (82.20, 75.34, 84.81, 13.47, 75.92), strict=True))
+    assert round(scoring.delta_m(student, single), 2) == 2.52
+    keys = ("miou", "miou", "maxf", "mean", "odsf")
+    nested = {task: {key: student[task], "other": 0.0} for task, key in zip(tasks, keys, strict=True)}
+    assert scoring.delta_m(nested, single) == scoring.delta_m(student, single)
+    nyud = ({"semseg": 60.22, "depth": 0.4883, "normals": 17.81, "edge": 76.59},
+            {"semseg": 51.15, "depth": 0.5792, "normals": 19.77, "edge": 77.35})
+    assert round(scoring.delta_m(*nyud), 2) == 10.59
+    for reference in ({}, {"depth": 1.0}, {"sal": 0.0}):
+        with pytest.raises(ValueError):
+            scoring.delta_m(student, reference)
+
+
+# -------------------------------------------------------------------------------------------- routing
+
+
+def test_nmi_of_known_tables():
+    """Would catch: another normalisation, log of 0, counts that were not made probabilities."""
+    assert scoring.nmi(np.outer([1, 2, 3], [5, 0, 7, 11])) == pytest.approx(0, abs=1e-12)
+    assert scoring.nmi(9 * np.eye(4, dtype=int)[[2, 0, 3, 1]]) == pytest.approx(1)
+    assert scoring.nmi(np.zeros((0, 4), int)) == scoring.nmi(np.array([[3, 4]])) == 0
+    # two contexts, four experts, two each: I = H(C) = log 2, H(X) = log 4, so 1 / sqrt 2
+    assert scoring.nmi(np.array([[1, 1, 0, 0], [0, 0, 1, 1]])) == pytest.approx(1 / math.sqrt(2))
+    table = np.random.default_rng(0).integers(1, 50, (3, 6))
+    p = table / table.sum()
+    information = sum(p[c, e] * math.log(p[c, e] / p[c].sum() / p[:, e].sum())
+                      for c in range(3) for e in range(6))
+    spread = [-sum(q * math.log(q) for q in margin) for margin in (p.sum(0), p.sum(1))]
+    assert scoring.nmi(table) == pytest.approx(information / math.sqrt(math.prod(spread)))
+
+
+PLAINEST = prism.PrismConfig(
+    dim=16, depth=4, heads=2, patch=8, grid=(4, 4), moe_blocks=(0, 1, 2, 3), experts=4, top_k=2,
+    teachers={"toy-clip": 8, "toy-sam": 8},
+    tasks={"semseg": 3, "human_parts": 7, "normals": 3, "edge": 1, "sal": 2, "depth": 1},
+)
+
+
+class Scenes:
+    """Five labelled scenes of 29 x 30 pixels, padded to 32 x 32; the image's value is its number."""
+
+    tasks, max_dist = PLAINEST.tasks, 0.02
+    classes = {"semseg": ["wall", "floor", "ball"], "human_parts": [f"part {k}" for k in range(7)]}
+
+    def __len__(self):
+        return 5
+
+    def read(self, i):
+        y, x = np.mgrid[:29, :30]
+        ball = np.hypot(y - 12 - i, x - 14) < 6
+        labelmap = np.where(ball, 32, 1 + (y > 20)).astype(np.int32)
+        normals = np.zeros((29, 30, 3), np.float32)
+        normals[np.arange(29) > i, :, :] = (0.6, 0, 0.8)
+        return {
+            "image": np.full((29, 30, 3), 10 * i, np.uint8), "labelmap": labelmap, "name": str(i),
+            "semseg": np.where(ball, 2, y > 20).astype(np.uint8), "sal": ball.astype(np.uint8),
+            "human_parts": (ball * (i % 3)).astype(np.uint8), "normals": normals,
+            "edge": scoring.seg2bmap(labelmap).astype(np.uint8),
+            "depth": np.where(x < 3, 0, 2 + 0.1 * y).astype(np.float32),
+        }
+
+    def __getitem__(self, i):
+        return data.to_tensors(self.read(i), (32, 32))
+
+
+class Oracle(torch.nn.Module):
+    """Answers with the truth as raw outputs: logits, normals of length 3, negative depth at the rim."""
+
+    def predict(self, images, tasks):
+        assert not self.training
+        found = [Scenes()[i] for i in (images[:, 0, 16, 16] * 25.5).round().int().tolist()]
+        raw = {}
+        for task in tasks:
+            t = torch.stack([scene[task] for scene in found])
+            if task in ("semseg", "human_parts"):
+                raw[task] = 5 * F.one_hot(t * (t != 255), PLAINEST.tasks[task]).permute(0, 3, 1, 2).float()
+            elif task == "sal":
+                raw[task] = torch.stack([0 * t, 9.0 * t - 4.5], 1)
+            elif task == "edge":
+                thin = [data.thin(scoring.seg2bmap(Scenes().read(int(i)).get("labelmap")))
+                        for i in (images[:, 0, 16, 16] * 25.5).round()]
+                raw[task] = F.pad(torch.from_numpy(np.stack(thin)).float() * 9 - 4.5, (1, 1, 1, 2))[:, None]
+            elif task == "normals":
+                raw[task] = 3 * t
+            else:
+                raw[task] = torch.where(t == 255, -1, t)[:, None]
+        return raw
+
+
+def test_evaluate_scores_the_truth_perfect_and_merges():
+    """Would catch: padding cut on the wrong side, a wrong final map (sigmoid for softmax, other axis),
+    the training label `edge` scored as truth, a model left in another mode, ranks that overlap."""
+    oracle, tasks = Oracle().train(), list(PLAINEST.tasks)
+    got = scoring.evaluate(oracle, Scenes(), "cpu", 2, tasks)
+    assert oracle.training and list(got) == tasks
+    assert got["semseg"]["miou"] == 100 and got["sal"]["maxf"] == pytest.approx(100, abs=1e-5)
+    assert got["human_parts"]["per_class"] == [100, 100, 100, 0, 0, 0, 0]
+    assert got["normals"]["mean"] == pytest.approx(0, abs=1e-4) and got["normals"]["within_11.25"] == 100
+    assert got["edge"]["odsf"] == 100 and got["depth"] == {"rmse": 0, "delta1": 100}
+    ranks = [scoring.measure(oracle, Scenes(), "cpu", 2, tasks, range(r, 5, 2)) for r in range(2)]
+    for task in tasks:
+        ranks[0][task].merge(ranks[1][task].state())
+        same_numbers(got[task], ranks[0][task].compute())
+
+
+def test_routing_tables_are_what_the_router_says():
+    """Would catch: contexts shifted by one row, slots of one block added to another, cls left out, a
+    mean of gates over blocks, router noise of training mode in the tables."""
+    torch.manual_seed(0)
+    student = prism.Prism(PLAINEST).train()
+    for block in student.blocks:
+        torch.nn.init.normal_(block.router.film.weight)
+    got = scoring.routing(student, Scenes(), "cpu", 2, max_images=3)
+    assert student.training and [b["block"] for b in got] == [0, 1, 2, 3]
+    images = torch.stack([Scenes()[i]["image"] for i in range(3)])
+    student.eval()
+    gates = [[], [], [], []]
+    for kind in ("teachers", "tasks"):
+        for name in getattr(PLAINEST, kind):
+            for b, route in enumerate(student.route(images, name)):
+                picks = route.topk_idx.flatten().tolist()
+                expected = [picks.count(e) / len(picks) for e in range(4)]
+                assert got[b][kind][name] == pytest.approx(expected)
+                gates[b] += route.gate.flatten().tolist()
+    for b in range(4):
+        assert got[b]["lambda"] == pytest.approx(sum(gates[b]) / len(gates[b]))
+        table = np.array(list(got[b]["tasks"].values()))
+        assert table.shape == (6, 4) and got[b]["nmi_tasks"] == pytest.approx(scoring.nmi(table))
+    assert max(b["nmi_tasks"] for b in got) > 0.001
+
+
+# --------------------------------------------------------------------------------------- command line
+
+
+def run(capsys, monkeypatch, folder, **changes):
+    """Run eval.py's main as the command line does: (exit code, stdout, stderr)."""
+    monkeypatch.setattr(data, "open_data", lambda spec, split: Scenes())
+    args = replace(scoring.Args(ckpt=folder / "prism.pt", batch_size=5), **changes)
+    code = 0
+    try:
+        prism.exit_with_one_line(lambda: scoring.main(args), args.debug)
+    except SystemExit as stop:
+        code = 1
+        print(stop.code, file=sys.stderr)
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    torch.manual_seed(0)
+    for name, cfg in (("prism.pt", PLAINEST), ("deconstruct.pt", replace(PLAINEST, tasks={}))):
+        prism.write_checkpoint(tmp_path / name, {
+            "model": prism.Prism(cfg).state_dict(), "config": asdict(cfg), "step": 3, "seed": 0,
+            "provenance": {"data": "world"}})
+    return tmp_path
+
+
+def test_command_line_writes_results_and_pictures(folder, capsys, monkeypatch):
+    """Would catch: numbers in results.json that differ from the table, a claimed protocol that did not
+    run, nan in the JSON, pictures that are not pictures, temporary files left behind."""
+    (folder / "reference.json").write_text('{"semseg": 50.0, "depth": 2.0}')
+    unknown = dict.fromkeys(scoring.NormalError().compute(), math.nan)
+    monkeypatch.setattr(scoring.NormalError, "compute", lambda self: unknown)
+    code, out, err = run(capsys, monkeypatch, folder, reference=folder / "reference.json")
+    assert code == 0 and err == ""
+    files = {path.name for path in folder.iterdir()}
+    assert files == {"prism.pt", "deconstruct.pt", "reference.json", "results.json", "routing.png",
+                     "predictions.png"}
+    results = json.loads((folder / "results.json").read_text(), parse_constant=pytest.fail)
+    assert set(results["headline"]) == set(PLAINEST.tasks) and results["protocol"]["edge"] == "simple"
+    assert results["headline"]["normals"] is None
+    base, head = {"semseg": 50.0, "depth": 2.0}, results["headline"]
+    by_hand = 50 * ((head["semseg"] - 50) / 50 - (head["depth"] - 2) / 2)
+    assert results["delta_m"] == pytest.approx(by_hand) and results["reference"] == base
+    assert f"Delta_m {by_hand:+.2f} %" in out and f"{head['depth']:.4f}" in out
+    for name, width in (("predictions.png", 1700), ("routing.png", 600)):
+        with scoring.Image.open(folder / name) as picture:
+            assert picture.width >= width and len(picture.getcolors(1 << 20)) > 20
+
+
+def test_stage_1_checkpoint_gets_its_routing_and_says_so(folder, capsys, monkeypatch):
+    """Would catch: a crash on a student without heads, or its files over those of one with heads."""
+    (folder / "results.json").write_text("earlier")
+    code, out, err = run(capsys, monkeypatch, folder, ckpt=folder / "deconstruct.pt")
+    assert code == 0 and err == "" and out.count("has no task heads (stage 1)") == 1
+    assert (folder / "results.json").read_text() == "earlier"
+    blocks = json.loads((folder / "results_stage1.json").read_text())["routing"]
+    assert all(set(b["teachers"]) == {"toy-clip", "toy-sam"} and b["tasks"] == {} for b in blocks)
+    assert (folder / "routing_stage1.png").stat().st_size > 1000
+
+
+def test_user_errors_are_one_line_and_leave_files_alone(folder, capsys, monkeypatch):
+    """Would catch: a traceback for a typing error, and results of an earlier run that a failed one
+    overwrote in part."""
+    for name in ("results.json", "predictions.png", "routing.png", "plain_file"):
+        (folder / name).write_text("earlier")
+    (folder / "broken.json").write_text("{]")
+    (folder / "sal.json").write_text('{"sal": 80}')
+    cases = {
+        "does not exist": {"ckpt": folder / "none.pt"},
+        "cannot score colour; .* semseg, human_parts": {"tasks": ("colour",)},
+        r"cannot score semseg; .*\(stage 1\)": {"ckpt": folder / "deconstruct.pt", "tasks": ("semseg",)},
+        "device .tpux. is not known": {"device": "tpux"},
+        "batch size 0": {"batch_size": 0},
+        "cannot write to .*plain_file.* choose another": {"out_dir": folder / "plain_file" / "out"},
+        "is not an object of task: number": {"reference": folder / "broken.json"},
+        "No such file": {"reference": folder / "none.json"},
+        "reference is for .'sal'.": {"reference": folder / "sal.json", "tasks": ("semseg",)},
+    }
+    for message, changes in cases.items():
+        code, out, err = run(capsys, monkeypatch, folder, **changes)
+        assert code == 1 and err.count("\n") == 1, (message, err)
+        assert re.search(message, err), (message, err)
+    monkeypatch.setattr(scoring, "draw_predictions", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    code, _, err = run(capsys, monkeypatch, folder)
+    assert (code, err) == (1, "OSError: disk full\n")
+    for name in ("results.json", "predictions.png", "routing.png"):
+        assert (folder / name).read_text() == "earlier"
+    with pytest.raises(FileNotFoundError):
+        scoring.main(scoring.Args(ckpt=folder / "none.pt", debug=True))
+
+
+def test_other_classes_than_in_training_are_named(folder):
+    """Would catch: an index error deep in a metric when the data have other classes."""
+    dataset = SimpleNamespace(tasks={"semseg": 21, "sal": 2})
+    assert scoring.choose_tasks((), {"semseg": 21, "depth": 1}, dataset) == ["semseg"]
+    with pytest.raises(ValueError, match="semseg has 12 channels, the data 21"):
+        scoring.choose_tasks((), {"semseg": 12}, dataset)

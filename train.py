@@ -1,0 +1,602 @@
+"""Train a student: deconstruct several teachers into experts, then recompose them for tasks.
+
+    python train.py                                                   # both stages, toy size, CPU or GPU
+    python train.py --stage deconstruct --size small --image-size 128 --batch-size 256   # one GPU
+    torchrun --nproc_per_node=8 train.py --stage deconstruct          # eight GPUs (or processes) of one machine
+    torchrun --nproc_per_node=8 train.py --stage recompose            # goes on from out/deconstruct.pt
+
+One loop serves every stage: a stage is a set of defaults (STAGES) and the loss terms that its batches
+feed. `--batch-size` counts the images of one step over all processes, so a run means the same on 1 or 8.
+Order, augmentation, teacher assignment and router noise depend on (seed, step) alone, so --resume needs
+no random state. out/log.jsonl has every loss term by name.
+"""
+
+import json
+import math
+import os
+import resource
+import subprocess
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import data
+import prism
+import teachers
+
+# ------------------------------------------------------------------------------------------- arguments
+
+
+@dataclass
+class Args:
+    """Train PRISM. Defaults run the whole road on the rendered world in minutes."""
+
+    stage: Literal["all", "deconstruct", "recompose"] = "all"  # all: deconstruct, then recompose
+    size: Literal["toy", "small", "base", "large"] = "toy"  # student, see `python prism.py`
+    data: str = "world"  # world (rendered, cached), world:FOLDER or pascal:FOLDER
+    teachers: tuple[str, ...] = ("toy-clip", "toy-dino", "toy-sam")  # see `python teachers.py`
+    tasks: tuple[str, ...] = ()  # default: all that the data has
+    image_size: int = 64  # side of the training images, pixels
+
+    steps: int | None = None  # optimizer updates per stage (default: the stage's)
+    batch_size: int | None = None  # images per step over all processes (default: the stage's)
+    lr: float | None = None  # peak learning rate (default: the stage's)
+    weight_decay: float | None = None  # on matrices (default: the stage's)
+    distill_weight: float = 1.0  # mu, weight of the distillation terms beside the tasks in recompose
+
+    out_dir: Path = Path("out")  # checkpoints and log.jsonl
+    init: Path | None = None  # start from these weights (recompose: default OUT_DIR/deconstruct.pt)
+    resume: bool = False  # go on from the last checkpoint in OUT_DIR
+    seed: int = 0  # of weights, order, augmentation, noise
+    device: str | None = None  # default: cuda if there is one, else cpu
+    compile: bool | None = None  # torch.compile student and teachers (default: on cuda)
+    workers: int = 0  # loader processes per training process
+    log_every: int = 20  # steps between log lines
+    save_every: int = 100  # steps between checkpoints
+    debug: bool = False  # full traceback on errors
+
+
+class Stage(NamedTuple):
+    """A stage's defaults; the paper's values for real data are in the comments."""
+
+    checkpoint: str  # file in out_dir
+    steps: int  # optimizer updates
+    batch_size: int  # images per step
+    lr: float  # peak
+    weight_decay: float  # AdamW, matrices only
+    warmup: float  # share of the steps, linear from 1e-7
+    decay: Literal["cosine", "poly"]  # cosine to 1e-6, or (1 - step/steps)^0.9
+    clip: float  # gradient norm
+    view: Literal["distill", "multitask"]  # augmentation
+
+
+STAGES = {  # paper: 30 epochs, 160, 1e-3, 0.01, 2 epochs, cosine, 1.0; then 40,000, 6, 2e-5, 1e-6, -, poly, 10
+    "deconstruct": Stage("deconstruct.pt", 400, 32, 1e-3, 0.01, 2 / 30, "cosine", 1.0, "distill"),
+    "recompose": Stage("prism.pt", 200, 16, 1e-3, 1e-6, 0.05, "poly", 10.0, "multitask"),
+}
+
+# ---------------------------------------------------------------------------------------------- set-up
+
+
+class Runtime(NamedTuple):
+    """Where this process computes, and which share of each batch is its own."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    amp: torch.dtype | None  # autocast dtype, None for float32
+
+
+def start_runtime(device: str | None) -> Runtime:
+    """Join torchrun's processes if there are any; pick device and dtype. Raises ValueError."""
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {kind}, but torch sees no GPU; use --device cpu or a CUDA build of torch")
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if kind == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"process {local} of this machine has no GPU ({torch.cuda.device_count()} seen); "
+                             "lower --nproc_per_node, or use --device cpu")
+        torch.cuda.set_device(local)
+        kind = f"cuda:{local}"
+    if world_size > 1 and not dist.is_initialized():  # hours: the first rank may be raising teachers
+        dist.init_process_group("nccl" if "cuda" in kind else "gloo", timeout=timedelta(hours=3))
+    torch.set_float32_matmul_precision("high")
+    return Runtime(rank, world_size, torch.device(kind), torch.bfloat16 if "cuda" in kind else None)
+
+
+def first_rank_first(rt: Runtime, make):
+    """Run `make` on rank 0, then on the others, which find its result in the cache."""
+    result = make() if rt.rank == 0 else None
+    if rt.world_size > 1:
+        dist.barrier()
+    return result if rt.rank == 0 else make()
+
+
+def check_args(args: Args) -> None:
+    """Raise ValueError or OSError for what can be seen before anything is rendered or built."""
+    patch = prism.SIZES[args.size].patch
+    if args.image_size % patch:
+        low = max(args.image_size // patch, 1) * patch
+        raise ValueError(f"image size {args.image_size} is not a multiple of the patch size {patch}; "
+                         f"use {low} or {low + patch}")
+    if len(set(args.teachers)) != len(args.teachers) or not args.teachers:
+        raise ValueError(f"teachers {' '.join(args.teachers) or '(none)'}; name each once, at least one")
+    teachers.check_names(args.teachers)
+    if unknown := [task for task in args.tasks if task not in data.TASKS]:
+        raise ValueError(f"unknown task {', '.join(unknown)}; known are {', '.join(data.TASKS)}")
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    for name in stage_names(args.stage):
+        batch = stage_defaults(args, name).batch_size
+        if batch < len(args.teachers):
+            raise ValueError(f"batch size {batch} is smaller than the number of teachers "
+                             f"({len(args.teachers)}); every step needs an image for each")
+        if batch % processes:
+            raise ValueError(f"batch size {batch} does not split over {processes} processes; "
+                             f"use {batch // processes * processes or processes}")
+    try:
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+        probe = args.out_dir / f".write-test.{os.getpid()}"
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"cannot write to {args.out_dir}: {error.strerror}; choose another --out-dir") from error
+
+
+def stage_names(stage: str) -> list[str]:
+    return list(STAGES) if stage == "all" else [stage]
+
+
+def stage_defaults(args: Args, name: str) -> Stage:
+    """Put the command line's values over the stage's defaults."""
+    given = {k: getattr(args, k) for k in ("steps", "batch_size", "lr", "weight_decay")}
+    return STAGES[name]._replace(**{k: v for k, v in given.items() if v is not None})
+
+
+def open_train(args: Args, view: str) -> data.Samples:
+    return data.open_data(args.data, "train", size=args.image_size, seed=args.seed, view=view)
+
+
+def choose_tasks(args: Args, dataset: data.Samples) -> dict[str, int]:
+    """Return {task: output channels}. Raises ValueError for a task that the data does not label."""
+    if missing := [task for task in args.tasks if task not in dataset.tasks]:
+        raise ValueError(f"{args.data} has no labels for {', '.join(missing)}; it has {', '.join(dataset.tasks)}")
+    return {task: dataset.tasks[task] for task in args.tasks or dataset.tasks}
+
+
+def build_student(args: Args, widths: dict[str, int], tasks: dict[str, int]) -> prism.Prism:
+    """Make the seeded student for these teachers {name: width} and tasks {name: channels}."""
+    torch.manual_seed(args.seed)
+    size = prism.SIZES[args.size]
+    side = args.image_size // size.patch
+    return prism.Prism(replace(size, grid=(side, side), teachers=widths, tasks=tasks))
+
+
+def build_optimizer(student: nn.Module, stage: Stage) -> torch.optim.AdamW:
+    """Make AdamW with decay on matrices alone; stacked biases (E, hidden) and embeddings are no matrices."""
+    matrices, rest = [], []
+    for name, p in student.named_parameters():
+        vector = p.ndim < 2 or name.endswith((".b1", ".b2", "embed", "token"))
+        (rest if vector else matrices).append(p)
+    groups = [{"params": matrices, "weight_decay": stage.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=stage.lr, fused=True)
+
+
+def lr_at(step: int, stage: Stage) -> float:
+    """Return the learning rate of a step: linear warm-up, then cosine or polynomial decay."""
+    warmup = round(stage.warmup * stage.steps)
+    if step < warmup:
+        return 1e-7 + (stage.lr - 1e-7) * step / warmup
+    if stage.decay == "poly":
+        return stage.lr * max(0.0, 1 - step / stage.steps) ** 0.9
+    share = (step - warmup) / max(1, stage.steps - warmup)
+    return 1e-6 + (stage.lr - 1e-6) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def assign_teachers(B: int, count: int, seed: int, step: int) -> np.ndarray:
+    """Give each image one teacher, balanced: shuffled rounds of all teachers, the last one cut.
+
+    Returns (B,) int64. Any run of images has every teacher's number within two of an equal share, so a
+    process's own slice of the batch is balanced as well.
+    """
+    rng = np.random.default_rng((seed, step, 0x7EAC))
+    rounds = [rng.permutation(count) for _ in range(-(-B // count))]
+    return np.concatenate(rounds)[:B]
+
+
+# ---------------------------------------------------------------------------------------------- losses
+# Every term is scaled so that its mean over processes is the value over the whole batch: sums are
+# divided by the count of all processes and multiplied by their number, which DDP's averaging undoes.
+
+
+def over_all(total: Tensor, count: Tensor | float) -> Tensor:
+    """Divide a local sum by the count over all processes (at least 1)."""
+    count = torch.as_tensor(count, dtype=torch.float32, device=total.device)
+    return total * world_size() / global_sum(count).clamp(min=1)
+
+
+def global_sum(x: Tensor) -> Tensor:
+    """Sum a statistic over processes, without gradient."""
+    x = x.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def distill_terms(distilled: dict[str, list[Tensor]], targets: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    """L_distill per teacher: sum over levels of 0.9 (1 - cos) + 0.1 SmoothL1 (released code's weights).
+
+    Both hold 4 maps (B_t, C, h, w) per teacher; the smaller map is upsampled to the other. cos is taken
+    once per image over the flattened map (released code).
+    """
+    terms = {}
+    for name, maps in distilled.items():
+        losses = [map_loss(x.float(), y.float()) for x, y in zip(maps, targets[name], strict=True)]
+        terms[f"distill/{name}"] = over_all(torch.stack(losses).sum(), len(maps[0]))
+    return terms
+
+
+def map_loss(x: Tensor, y: Tensor) -> Tensor:
+    """Sum the distance of maps x (B, C, h, w) from y (B, C, h', w') over images."""
+    if not len(x):
+        return x.sum()  # no image of this teacher here: zero, but in the graph for DDP
+    if x.shape[-2:] != y.shape[-2:]:
+        size = tuple(max(a, b) for a, b in zip(x.shape[-2:], y.shape[-2:], strict=True))
+        x, y = (F.interpolate(m, size=size, mode="bilinear", align_corners=False) for m in (x, y))
+    cos = F.cosine_similarity(x.flatten(1), y.flatten(1), dim=1)  # (B,)
+    smooth = F.smooth_l1_loss(x, y, reduction="none").mean((1, 2, 3))  # (B,)
+    return (0.9 * (1 - cos) + 0.1 * smooth).sum()
+
+
+def decorr_term(levels: list[Tensor], epsilon: float = 0.0) -> Tensor:
+    """L_decorr (eq. 7) on the first two levels (B, D, h, w): far tokens of an image should not be alike.
+
+    Mean over token pairs farther apart than r = max(1, 0.1 min(h, w)) patches of max(0, cos - epsilon).
+    The paper gives neither r nor epsilon; these are ours. Summed over levels.
+    """
+    h, w = levels[0].shape[-2:]
+    far = patch_distances(h, w, levels[0].device) > max(1.0, 0.1 * min(h, w))  # (h*w, h*w)
+    total = levels[0].new_zeros((), dtype=torch.float32)
+    for level in levels[:2]:
+        z = F.normalize(level.float().flatten(2), dim=1)  # (B, D, h*w)
+        alike = F.relu(z.transpose(1, 2) @ z - epsilon)  # (B, h*w, h*w)
+        total = total + over_all((alike * far).sum(), float(len(z)) * far.sum())
+    return total
+
+
+def official_decorr_term(maps: list[Tensor]) -> Tensor:
+    """The released code's L_decorr: on projector outputs (B_1, C, h, w) of the first teacher, every pair
+    counts |cos| (1 - exp(-d^2 / 2 s^2)), s = 0.1 min(h, w), halved per level."""
+    h, w = maps[0].shape[-2:]
+    weight = 1 - torch.exp(-(patch_distances(h, w, maps[0].device) ** 2) / (2 * (0.1 * min(h, w)) ** 2))
+    total = maps[0].new_zeros((), dtype=torch.float32)
+    for z in maps[:2]:
+        z = F.normalize(z.float().flatten(2), dim=1)  # (B_1, C, h*w)
+        alike = (z.transpose(1, 2) @ z).abs() * weight
+        total = total + 0.5 * over_all(alike.sum(), float(len(z)) * weight.numel())
+    return total
+
+
+def patch_distances(h: int, w: int, device: torch.device) -> Tensor:
+    """Return the distances between patch centres (h*w, h*w), in patches."""
+    grid = torch.cartesian_prod(torch.arange(h, device=device), torch.arange(w, device=device)).float()
+    return torch.cdist(grid, grid)
+
+
+def balance_term(routes: list[prism.Route]) -> Tensor:
+    """Load balance summed over MoE blocks: E * sum_e f_e P_e, smallest (K) when experts share alike."""
+    loads = mean_loads(routes)
+    return loads.shape[1] * (loads * torch.stack([r.prob for r in routes])).sum()
+
+
+def mean_loads(routes: list[prism.Route]) -> Tensor:
+    """Return the share of all processes' tokens that selected each expert (blocks, E)."""
+    return global_sum(torch.stack([r.load for r in routes])) / world_size()
+
+
+def class_loss(x: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of logits (B, C, H, W) with classes (B, H, W), 255 ignored: mean over valid pixels."""
+    total = F.cross_entropy(x, target, ignore_index=255, reduction="sum")
+    return over_all(total, (target != 255).sum())
+
+
+def saliency_loss(x: Tensor, target: Tensor) -> Tensor:
+    """Two-class cross-entropy of (B, 2, H, W), classes weighted by the batch's share of the other class."""
+    valid = target != 255
+    positive, count = global_sum(torch.stack([(target == 1).sum(), valid.sum()]).float())
+    weight_of_one = 1 - positive / count.clamp(min=1)
+    weight = torch.stack([1 - weight_of_one, weight_of_one])
+    return over_all(F.cross_entropy(x, target, weight, ignore_index=255, reduction="sum"), valid.sum())
+
+
+def edge_loss(x: Tensor, target: Tensor) -> Tensor:
+    """0.95 / 0.05 weighted logistic loss of logits (B, 1, H, W) with edges (B, H, W) in {0, 1, 255}."""
+    x, valid = x.squeeze(1), target != 255
+    loss = 0.95 * target * F.softplus(-x) + 0.05 * (1 - target) * F.softplus(x)
+    return over_all(loss.masked_fill(~valid, 0).sum(), valid.sum())
+
+
+def normals_loss(x: Tensor, target: Tensor) -> Tensor:
+    """L1 between x / |x| and labelled normals (B, 3, H, W), channels added, mean over valid pixels."""
+    valid = (target != 255).all(1)  # (B, H, W)
+    loss = (F.normalize(x, dim=1) - target).abs().sum(1)
+    return over_all(loss.masked_fill(~valid, 0).sum(), valid.sum())
+
+
+def depth_loss(x: Tensor, target: Tensor) -> Tensor:
+    """Mean |x - d| in metres over known depth; x (B, 1, H, W), target (B, H, W), 255 unknown."""
+    valid = target != 255
+    return over_all((x.squeeze(1) - target).abs().masked_fill(~valid, 0).sum(), valid.sum())
+
+
+TASK_LOSSES = {  # task -> weight in the sum, loss
+    "semseg": (1.0, class_loss),
+    "human_parts": (2.0, class_loss),
+    "normals": (10.0, normals_loss),
+    "edge": (50.0, edge_loss),
+    "sal": (5.0, saliency_loss),
+    "depth": (1.0, depth_loss),
+}
+
+
+def loss_terms(out: prism.Output, targets: dict, batch: dict, cfg: prism.PrismConfig,
+               mu: float) -> dict[str, tuple[float, Tensor]]:
+    """List {name: (weight, term)} of one step; the loss is the sum of weight * term (eq. 8).
+
+    Distillation terms (deconstruct, and recompose times mu): 0.9 L_distill + 0.1 L_decorr + 0.001 balance.
+    """
+    distill, decorr = (1.0, 0.5) if cfg.official else (0.9, 0.1)
+    terms = {k: (mu * distill, v) for k, v in distill_terms(out.distilled, targets).items()}
+    first = out.distilled[next(iter(cfg.teachers))]
+    terms["decorr"] = (mu * decorr, official_decorr_term(first) if cfg.official else decorr_term(out.levels))
+    terms["balance"] = (mu * 0.001, balance_term(out.routes))
+    for task, x in out.predicted.items():
+        weight, loss = TASK_LOSSES[task]
+        terms[task] = (weight, loss(x, batch[task]))
+    return terms
+
+
+# ------------------------------------------------------------------------------------------------- log
+
+
+class Log:
+    """Collect every step's terms on the device; write a line per interval. One host sync per interval."""
+
+    def __init__(self, path: Path, rt: Runtime, stage: str, steps: int, start: int, every: int):
+        self.path, self.rt, self.stage, self.steps, self.every = path, rt, stage, steps, every
+        self.rows: list[Tensor] = []
+        self.names: list[str] = []
+        self.first, self.clock = start, time.perf_counter()
+        if rt.rank == 0:
+            self.keep_lines_before(start)
+
+    def keep_lines_before(self, start: int) -> None:
+        """Drop what this stage logged after the checkpoint it goes on from; start 0 drops all of it."""
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in lines
+                if (row := json.loads(line))["stage"] != self.stage or row["step"] <= start]
+        self.path.write_text("".join(line + "\n" for line in kept))
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        self.names = list(values)
+        self.rows.append(torch.stack([v.detach().float().mean() for v in values.values()]))
+
+    def flush(self, step: int, images: int, lr: float) -> None:
+        """Average the interval that ends before `step` over steps and processes, check, print, append."""
+        table = global_sum(torch.stack(self.rows)).cpu() / self.rt.world_size  # (steps, values)
+        bad = torch.where(~torch.isfinite(table))
+        if len(bad[0]):
+            raise FloatingPointError(
+                f"{self.names[bad[1][0]]} is {table[bad[0][0], bad[1][0]]} at step {self.first + int(bad[0][0])} of "
+                f"{self.stage}; lower --lr or change --seed (the last checkpoint is untouched)")
+        seconds = time.perf_counter() - self.clock
+        count = len(self.rows)
+        row = {"stage": self.stage, "step": step, **dict(zip(self.names, table.mean(0).tolist(), strict=True)),
+               "lr": lr, "images_per_s": images * count / seconds, "ms": 1000 * seconds / count,
+               "memory_gib": peak_memory_gib(self.rt.device),
+               "seconds_left": (self.steps - step) * seconds / count}
+        self.rows, self.first, self.clock = [], step, time.perf_counter()
+        if self.rt.rank == 0:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(self.line(row), flush=True)
+
+    def line(self, row: dict) -> str:
+        """Format the numbers that people watch; the rest is in the file."""
+        def values(*starts):
+            return {k: row[k] for k in self.names if k.startswith(starts)}
+
+        routed = values("lambda", "load", "dead")
+        terms = " ".join(f"{k.split('/')[-1]} {row[k]:.3f}" for k in self.names if k not in routed)
+        gates = " ".join(f"{gate:.2f}" for gate in values("lambda").values())
+        minutes, seconds = divmod(int(row["seconds_left"]), 60)
+        return (f"{self.stage} {row['step']}/{self.steps}  {terms} | lambda {gates} | load max/mean "
+                f"{max(values('load').values()):.2f} dead {sum(values('dead').values()):.0f} | lr {row['lr']:.1e} "
+                f"| {row['images_per_s']:.0f} images/s {row['ms']:.0f} ms {row['memory_gib']:.1f} GiB "
+                f"left {minutes}:{seconds:02d}")
+
+
+def routing_values(routes: list[prism.Route], blocks: tuple[int, ...]) -> dict[str, Tensor]:
+    """Summarise routes per MoE block: mean lambda, load max/mean, experts that no token chose."""
+    loads, values = mean_loads(routes), {}
+    for i, route, load in zip(blocks, routes, loads, strict=True):
+        values[f"lambda/{i}"] = route.gate
+        values[f"load/{i}"] = load.max() / load.mean()
+        values[f"dead/{i}"] = (load == 0).sum()
+    return values
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Return peak memory so far: allocated on the GPU, or resident on the CPU, in GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
+
+
+# --------------------------------------------------------------------------------------- save and resume
+
+
+def checkpoint(student: prism.Prism, optimizer: torch.optim.Optimizer, name: str, step: int, args: Args,
+               provenance: dict) -> dict:
+    """Collect what `restore` and eval.py need."""
+    return {"model": student.state_dict(), "config": asdict(student.cfg), "optimizer": optimizer.state_dict(),
+            "stage": name, "step": step, "seed": args.seed,
+            "steps": stage_defaults(args, name).steps, "provenance": provenance}
+
+
+def restore(path: Path, student: prism.Prism, optimizer: torch.optim.Optimizer, stored: dict, args: Args,
+            name: str, stage: Stage) -> int:
+    """Continue from a checkpoint of the same run; returns its step. Raises ValueError where runs differ."""
+    ours = {"stage": name, "seed": args.seed, "steps": stage.steps, "config": asdict(student.cfg),
+            "batch size": stage.batch_size, "lr": stage.lr}
+    theirs = {**{k: stored.get(k) for k in ours}, **stored["provenance"]["schedule"]}
+    if differ := [k for k in ours if ours[k] != theirs[k]]:
+        detail = ", ".join(f"{k} {theirs[k]} there, {ours[k]} here" for k in differ if k != "config")
+        raise ValueError(f"cannot resume {path}: {detail or 'size, teachers or tasks differ'}; repeat the "
+                         "command that wrote it, or leave out --resume to start over")
+    prism.load_strict(student, stored["model"], path)
+    optimizer.load_state_dict(stored["optimizer"])
+    return stored["step"]
+
+
+def initial_weights(args: Args, name: str, student: prism.Prism) -> str:
+    """Fill a new student from --init, or from stage 1's checkpoint; returns what was done."""
+    path = args.init if args.stage != "all" or name == "deconstruct" else None
+    if path is None and name == "recompose":
+        path = args.out_dir / STAGES["deconstruct"].checkpoint
+    if path is None:
+        return "random weights"
+    stored = prism.read_checkpoint(path)
+    report = prism.load_strict(student, stored["model"], path, new=("heads", "task_embed"),
+                               dropped=("heads", "task_embed"))
+    return f"{path}: {report}"
+
+
+def git_revision() -> str:
+    """Return the commit of this code, marked when files differ from it."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+# ------------------------------------------------------------------------------------------------ main
+
+
+def run_stage(args: Args, rt: Runtime, name: str, taught: teachers.Teachers) -> None:
+    """Build, restore and train one stage; write its checkpoint."""
+    stage, path = stage_defaults(args, name), args.out_dir / STAGES[name].checkpoint
+    dataset = first_rank_first(rt, lambda: open_train(args, stage.view))
+    tasks = choose_tasks(args, dataset) if stage.view == "multitask" else {}
+    student = build_student(args, taught.widths, tasks)
+    origin, start, stored = "resumed", 0, prism.read_checkpoint(path) if args.resume and path.exists() else None
+    if stored is None:
+        origin = initial_weights(args, name, student)
+    student.to(rt.device)
+    optimizer = build_optimizer(student, stage)
+    if stored is not None:
+        start = restore(path, student, optimizer, stored, args, name, stage)
+    provenance = {
+        "data": dataset.source, "teachers": taught.provenance, "init": origin, "code": git_revision(),
+        "torch": str(torch.__version__), "schedule": {"batch size": stage.batch_size, "lr": stage.lr},
+    }
+    if rt.rank == 0:
+        print_derived(args, rt, name, stage, student, len(dataset), f"{origin}, step {start}")
+    if start < stage.steps:
+        fit(args, rt, name, stage, student, optimizer, dataset, taught, start, provenance)
+
+
+def print_derived(args: Args, rt: Runtime, name: str, stage: Stage, student: prism.Prism, images: int,
+                  origin: str) -> None:
+    """Print every number that follows from the arguments."""
+    total, active = prism.count_parameters(student)
+    print(f"\n{name}: {stage.steps} steps x {stage.batch_size} images ({stage.batch_size // rt.world_size} per "
+          f"process, {rt.world_size} processes) of {images}, {stage.steps * stage.batch_size / images:.1f} epochs "
+          f"at {args.image_size} px")
+    print(f"  student {args.size}: {total / 1e6:.2f} M parameters, all trainable, {active / 1e6:.2f} M active per "
+          f"token; contexts {' '.join(student.contexts)}")
+    print(f"  {rt.device}, {rt.amp or torch.float32}, lr {stage.lr:g} {stage.decay}, weight decay "
+          f"{stage.weight_decay:g}, clip {stage.clip:g}, seed {args.seed}; {origin}", flush=True)
+
+
+def fit(args: Args, rt: Runtime, name: str, stage: Stage, student: prism.Prism, optimizer, dataset,
+        taught: teachers.Teachers, start: int, provenance: dict) -> None:
+    """Train `student` from step `start`: the one loop of every stage."""
+    cfg, B = student.cfg, stage.batch_size // rt.world_size
+    if args.compile if args.compile is not None else rt.device.type == "cuda":
+        student.trunk = torch.compile(student.trunk)
+    model = DistributedDataParallel(student, broadcast_buffers=False) if rt.world_size > 1 else student
+    model.train()
+    log = Log(args.out_dir / "log.jsonl", rt, name, stage.steps, start, args.log_every)
+    mine = slice(rt.rank * B, (rt.rank + 1) * B)
+    batches = data.batches(dataset, B, stage.steps, start, args.seed, rt.rank, rt.world_size, args.workers)
+    batches = data.track(batches, name, stage.steps, start, lines=False, quiet=rt.rank > 0)  # the log has lines
+    for step, batch in enumerate(batches, start):
+        batch = {k: v.to(rt.device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
+        ids = assign_teachers(stage.batch_size, len(cfg.teachers), args.seed, step)[mine]
+        ids = torch.from_numpy(ids).to(rt.device)  # (B,)
+        torch.manual_seed(np.random.SeedSequence((args.seed, step, rt.rank)).generate_state(1)[0].item())
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, stage)
+        with torch.autocast(rt.device.type, rt.amp) if rt.amp else nullcontext():
+            targets = taught.targets(batch["image"], ids)
+            out = model(batch["image"], ids, tuple(cfg.tasks))
+            terms = loss_terms(out, targets, batch, cfg, args.distill_weight if cfg.tasks else 1.0)
+            loss = sum(weight * term for weight, term in terms.values())
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(student.parameters(), stage.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        log.add({**{k: v for k, (_, v) in terms.items()}, "loss": loss, "grad_norm": norm,
+                 **routing_values(out.routes, cfg.moe_blocks)})
+        done = step + 1
+        if done % args.log_every == 0 or done % args.save_every == 0 or done == stage.steps:
+            log.flush(done, stage.batch_size, lr_at(step, stage))  # raises before bad weights are saved
+        if (done % args.save_every == 0 or done == stage.steps) and rt.rank == 0:
+            prism.write_checkpoint(args.out_dir / stage.checkpoint,
+                                   checkpoint(student, optimizer, name, done, args, provenance))
+    if rt.rank == 0:
+        print(f"wrote {args.out_dir / stage.checkpoint}")
+    if rt.world_size > 1:
+        dist.barrier()  # the next stage reads the file on every rank
+
+
+def train(args: Args) -> None:
+    """Check, raise or load the teachers, run the stages one after the other."""
+    check_args(args)
+    rt = start_runtime(args.device)
+    compile = args.compile if args.compile is not None else rt.device.type == "cuda"
+    taught = first_rank_first(rt, lambda: teachers.Teachers(args.teachers, rt.device, compile))
+    for name in stage_names(args.stage):
+        run_stage(args, rt, name, taught)
+    if rt.rank == 0 and name == "recompose":
+        print(f"next: python eval.py --ckpt {args.out_dir / STAGES[name].checkpoint}")
+    if rt.world_size > 1:
+        dist.destroy_process_group()
+
+
+def main() -> None:
+    """Run the stages that the command line names."""
+    args = tyro.cli(Args, description=__doc__)
+    prism.exit_with_one_line(lambda: train(args), args.debug)
+
+
+if __name__ == "__main__":
+    main()
