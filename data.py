@@ -98,14 +98,16 @@ PART_FILE_NAMES = ("", "head hair lear rear lebrow rebrow leye reye mouth nose",
                    "luarm ruarm", "llarm rlarm lhand rhand", "luleg ruleg", "llleg rlleg lfoot rfoot")
 PART_IDS = {name: part for part, names in enumerate(PART_FILE_NAMES) for name in names.split()}
 
-def track(items: Iterable, what: str, total: int, start: int = 0, lines: bool = True, quiet: bool = False) -> Iterator:
+def track(items: Iterable, what: str, total: int, start: int = 0, lines: bool = True,
+          quiet: bool = False) -> Iterator:
     """Pass on `items` under a progress bar with rate and time left.
 
     Without a terminal, a plain line every ten seconds and at the end, if `lines`. quiet: nothing.
     """
     terminal, begin = sys.stdout.isatty(), time.perf_counter()
     shown = begin
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[rate]}", TimeRemainingColumn())
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "{task.fields[rate]}",
+               TimeRemainingColumn())
     with Progress(*columns, disable=quiet or not terminal) as bar:
         task = bar.add_task(what, total=total, completed=start, rate="")
         for done, item in enumerate(items, start + 1):
@@ -1111,8 +1113,8 @@ def open_data(spec: str, split: str, **options) -> Samples:
     """
     kind, _, root = spec.partition(":")
     if kind == "world":
-        root = Path(root).expanduser() if root else render_world(size=options.get("size") or WorldSettings.size)
-        return World(root, split, **options)
+        size = options.get("size") or WorldSettings.size
+        return World(Path(root).expanduser() if root else render_world(size=size), split, **options)
     if kind == "pascal" and root:
         return PascalContext(Path(root).expanduser(), split, **options)
     raise ValueError(f'data "{spec}" is unknown; use "world", "world:/path" or "pascal:/path"')

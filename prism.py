@@ -44,7 +44,7 @@ class PrismConfig:
     heads: int = 6  # attention heads
     patch: int = 16  # patch side in pixels
     grid: tuple[int, int] = (24, 24)  # rows and columns of the position table, in patches
-    moe_blocks: tuple[int, ...] = (2, 5, 8, 11)  # blocks with two streams; the four levels are read after them
+    moe_blocks: tuple[int, ...] = (2, 5, 8, 11)  # blocks with two streams; levels are read after them
     experts: int = 15  # routed experts E in each of these blocks
     top_k: int = 3  # experts K that a token visits
     mlp_ratio: float = 4.0  # hidden width of MLP and anchor, in units of D
@@ -507,8 +507,8 @@ class Prism(nn.Module):
         """
         tasks = list(self.cfg.tasks if tasks is None else tasks)
         if unknown := [task for task in tasks if task not in self.cfg.tasks]:
-            raise ValueError(f"no head for {', '.join(unknown)}; this student has heads for "
-                             f"{', '.join(self.cfg.tasks) or 'no task (stage 1): train.py --stage recompose'}")
+            known = ", ".join(self.cfg.tasks) or "no task (stage 1): run train.py --stage recompose"
+            raise ValueError(f"no head for {', '.join(unknown)}; this student has heads for {known}")
         return self(images, tasks=tasks).predicted
 
     def route(self, images: Tensor, context: str | Sequence[str]) -> list[Route]:
@@ -695,7 +695,7 @@ def main() -> None:
     times = time_dispatch(T=1154, D=384, E=15, K=3, repeats=5)
     ideal = times["ideal (dense MLP, equal FLOPs)"]
     table = Table("experts, forward + backward", "ms", "over ideal",
-                  title=f"T 1154, D 384, E 15, K 3, CPU fp32, {torch.get_num_threads()} threads, medians of 5")
+                  title=f"T 1154, D 384, E 15, K 3, fp32, {torch.get_num_threads()} threads, medians of 5")
     for name, ms in times.items():
         table.add_row(name, f"{ms:.0f}", f"{ms / ideal:.2f}")
     console.print(table)

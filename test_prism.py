@@ -62,7 +62,9 @@ def routing_case(name: str, T: int, E: int, K: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("official", [False, True])
-@pytest.mark.parametrize("case, T", [("random", 57), ("empty experts", 31), ("one expert", 20), ("random", 3)])
+@pytest.mark.parametrize(
+    "case, T", [("random", 57), ("empty experts", 31), ("one expert", 20), ("random", 3)]
+)
 def test_dispatch_equals_plain(case, T, official):
     """Catches rows that reach the wrong expert or weight, and gradients lost in gather or scatter."""
     torch.manual_seed(1)
@@ -191,7 +193,8 @@ def test_training_pass_equals_separate_passes():
     names = [list(TINY.teachers)[i] for i in ids]
     for level, expected in zip(out.levels, model.features(images, names), strict=True):
         torch.testing.assert_close(level, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(out.predicted["sal"], model.predict(images, ["sal"])["sal"], rtol=1e-4, atol=1e-5)
+    alone = model.predict(images, ["sal"])["sal"]
+    torch.testing.assert_close(out.predicted["sal"], alone, rtol=1e-4, atol=1e-5)
     sam = model.distill(images[[0, 2]], torch.tensor([2, 2]))["sam"]
     for a, b in zip(out.distilled["sam"], sam, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -307,7 +310,8 @@ def test_official_decorrelation_by_loops():
             for a in range(12):
                 for b in range(12):
                     d = math.dist((a // 4, a % 4), (b // 4, b % 4))
-                    values.append(abs(F.cosine_similarity(z[a], z[b], dim=0).item()) * (1 - math.exp(-d * d / (2 * s * s))))
+                    cos = F.cosine_similarity(z[a], z[b], dim=0).item()
+                    values.append(abs(cos) * (1 - math.exp(-d * d / (2 * s * s))))
         total += 0.5 * np.mean(values)
     assert train.official_decorr_term(maps).item() == pytest.approx(total, rel=1e-5)
 
@@ -330,7 +334,7 @@ def test_task_losses_by_hand():
     nll = [math.log(1 + math.exp(-2)), math.log(1 + math.exp(-1)), math.log(1 + math.exp(-1))]
     assert train.class_loss(logits, target).item() == pytest.approx(sum(nll) / 3)
     assert train.class_loss(logits, torch.full((1, 1, 4), 255)).item() == 0
-    weighted = (nll[0] * 1 / 3 + nll[1] * 2 / 3 + nll[2] * 1 / 3) / 3  # one of three is salient: its weight is 2/3
+    weighted = (nll[0] * 1 / 3 + nll[1] * 2 / 3 + nll[2] * 1 / 3) / 3  # one of three is salient
     assert train.saliency_loss(logits, target).item() == pytest.approx(weighted)
 
     x = torch.tensor([[[[0.5, -1.0, 3.0]]]])
@@ -355,8 +359,9 @@ def test_loss_weights():
     for official in (False, True):
         cfg = replace(TINY, teachers={"t": 2}, official=official)
         weights[official] = {k: w for k, (w, _) in train.loss_terms(out, targets, batch, cfg, 0.5).items()}
-    assert weights[False] == pytest.approx({"distill/t": 0.45, "decorr": 0.05, "balance": 0.0005, "edge": 50.0})
-    assert weights[True] == pytest.approx({"distill/t": 0.5, "decorr": 0.25, "balance": 0.0005, "edge": 50.0})
+    same = {"balance": 0.0005, "edge": 50.0}
+    assert weights[False] == pytest.approx({"distill/t": 0.45, "decorr": 0.05, **same})
+    assert weights[True] == pytest.approx({"distill/t": 0.5, "decorr": 0.25, **same})
 
 
 # ------------------------------------------------------------------------------------------- schedule
@@ -417,7 +422,8 @@ def small_world(tmp_path_factory):
 def tiny_run(small_world, out, **changes):
     """Train a tiny student on the tiny world; returns the last checkpoint's content."""
     settings = {"steps": 10, "log_every": 5, "save_every": 5, **changes}
-    args = train.Args(data=f"world:{small_world}", image_size=32, batch_size=6, out_dir=out, device="cpu", **settings)
+    settings = {"data": f"world:{small_world}", "image_size": 32, "batch_size": 6, **settings}
+    args = train.Args(out_dir=out, device="cpu", **settings)
     train.train(args)
     return prism.read_checkpoint(out / ("deconstruct.pt" if args.stage == "deconstruct" else "prism.pt"))
 
@@ -451,7 +457,8 @@ def test_resume_is_exact(small_world, tmp_path, tiny, monkeypatch):
             for run in ("whole", "parts")]
     for row, other in zip(*logs, strict=True):
         assert (row["stage"], row["step"], row["loss"]) == (other["stage"], other["step"], other["loss"])
-    assert {"distill/toy-clip", "decorr", "balance", "semseg", "lambda/1", "dead/4", "lr"} <= logs[0][-1].keys()
+    named = {"distill/toy-clip", "decorr", "balance", "semseg", "lambda/1", "dead/4", "lr"}
+    assert named <= logs[0][-1].keys()
 
 
 def test_resume_refuses_another_run(small_world, tmp_path, tiny):
@@ -489,7 +496,7 @@ def test_two_processes_equal_one(small_world, tmp_path, tiny, monkeypatch):
     for key, value in one["model"].items():
         # A bias before batch norm has no effect; its gradient is rounding, which Adam blows up.
         if not key.endswith(("fuse.0.bias", "fuse.1.running_mean")):
-            torch.testing.assert_close(two["model"][key], value, rtol=2e-3, atol=2e-5, msg=lambda m, k=key: f"{k}: {m}")
+            torch.testing.assert_close(two["model"][key], value, rtol=2e-3, atol=2e-5)
     logs = [[json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()]
             for run in ("one", "two")]
     for row, other in zip(*logs, strict=True):
@@ -498,12 +505,11 @@ def test_two_processes_equal_one(small_world, tmp_path, tiny, monkeypatch):
 
 
 def test_nan_stops_the_run(small_world, tmp_path, tiny, monkeypatch):
-    """Catches a run that trains on with NaN, or saves it: the line names step and term, the old file stays."""
+    """Catches a run that trains on with NaN, or saves it: the line names step and term."""
     tiny_run(small_world, tmp_path, stage="deconstruct", steps=5)
     before = (tmp_path / "deconstruct.pt").read_bytes()
-    calls = iter(range(100))
-    decorr = train.decorr_term
-    monkeypatch.setattr(train, "decorr_term", lambda levels: decorr(levels) * (math.nan if next(calls) == 2 else 1))
+    factors, decorr = iter([1, 1, math.nan, 1, 1]), train.decorr_term
+    monkeypatch.setattr(train, "decorr_term", lambda levels: decorr(levels) * next(factors))
     with pytest.raises(FloatingPointError, match="decorr is nan at step 2 of deconstruct"):
         tiny_run(small_world, tmp_path, stage="deconstruct", steps=5)
     assert (tmp_path / "deconstruct.pt").read_bytes() == before
@@ -570,7 +576,8 @@ def test_checkpoint_round_trip_and_damage(tmp_path):
     model, path, images = student(), tmp_path / "a.pt", torch.rand(1, 3, 32, 32)
     prism.save(model, path)
     again = prism.load(path)
-    assert again.cfg == model.cfg and torch.equal(again.predict(images)["depth"], model.predict(images)["depth"])
+    assert again.cfg == model.cfg
+    assert torch.equal(again.predict(images)["depth"], model.predict(images)["depth"])
     assert prism.load(path, grid=(6, 4)).cfg.grid == (6, 4)
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ValueError, match="cannot be read"):
@@ -640,8 +647,9 @@ def test_world_normals_face_the_camera_and_agree_with_depth(scenes):
         assert (normals[scenes["instance"][i] == 2][:, 1] > 0.9).all()  # the floor looks up
         for axis in (0, 1):  # neighbours on one plane: their difference lies in it
             step, between = np.diff(points, axis=axis), np.diff(normals, axis=axis)
-            flat = (np.abs(between).max(-1) == 0) & (np.diff(scenes["instance"][i].astype(int), axis=axis) == 0)
-            flat &= scenes["instance"][i][: step.shape[0], : step.shape[1]] == 2
+            floor = scenes["instance"][i] == 2
+            flat = (between == 0).all(-1) & (np.diff(floor.astype(int), axis=axis) == 0)
+            flat &= floor[: step.shape[0], : step.shape[1]]
             out = np.abs((step * normals[: step.shape[0], : step.shape[1]]).sum(-1))[flat]
             assert flat.sum() > 100 and out.max() < 1e-3
 
@@ -1260,8 +1268,10 @@ def test_loader_is_a_function_of_seed_and_step(world):
 def test_views_and_splits(world):
     """Random views of the test split, labels read for distillation, a view that is never random."""
     train, val = data.World(world, "train"), data.World(world, "val")
-    assert same_batches(val[(1, 5, 0)], val[1]) and same_batches(val[1], data.World(world, "val", cache=False)[1])
-    assert not same_batches(train[(1, 5, 0)], train[(1, 6, 0)]) and not same_batches(train[(1, 5, 0)], train[(1, 5, 1)])
+    uncached = data.World(world, "val", cache=False)
+    assert same_batches(val[(1, 5, 0)], val[1]) and same_batches(val[1], uncached[1])
+    for other in ((1, 6, 0), (1, 5, 1)):
+        assert not same_batches(train[(1, 5, 0)], train[other])
     assert same_batches(train[(1, 5, 0)], data.World(world, "train", cache=False)[(1, 5, 0)])
     assert same_batches(data.World(world, "train", train=False)[(1, 5, 0)], train[1])
     distill = data.World(world, "train", view="distill", size=(24, 32))

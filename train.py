@@ -2,7 +2,7 @@
 
     python train.py                                                   # both stages, toy size, CPU or GPU
     python train.py --stage deconstruct --size small --image-size 128 --batch-size 256   # one GPU
-    torchrun --nproc_per_node=8 train.py --stage deconstruct          # eight GPUs (or processes) of one machine
+    torchrun --nproc_per_node=8 train.py --stage deconstruct          # eight GPUs, or CPU processes
     torchrun --nproc_per_node=8 train.py --stage recompose            # goes on from out/deconstruct.pt
 
 One loop serves every stage: a stage is a set of defaults (STAGES) and the loss terms that its batches
@@ -81,7 +81,8 @@ class Stage(NamedTuple):
     view: Literal["distill", "multitask"]  # augmentation
 
 
-STAGES = {  # paper: 30 epochs, 160, 1e-3, 0.01, 2 epochs, cosine, 1.0; then 40,000, 6, 2e-5, 1e-6, -, poly, 10
+# Paper: 30 epochs, 160, 1e-3, 0.01, 2 epochs, cosine, 1; then 40,000, 6, 2e-5, 1e-6, none, poly, 10.
+STAGES = {
     "deconstruct": Stage("deconstruct.pt", 400, 32, 1e-3, 0.01, 2 / 30, "cosine", 1.0, "distill"),
     "recompose": Stage("prism.pt", 200, 16, 1e-3, 1e-6, 0.05, "poly", 10.0, "multitask"),
 }
@@ -107,7 +108,7 @@ def start_runtime(device: str | None) -> Runtime:
     if kind == "cuda":
         local = int(os.environ.get("LOCAL_RANK", 0))
         if local >= torch.cuda.device_count():
-            raise ValueError(f"process {local} of this machine has no GPU ({torch.cuda.device_count()} seen); "
+            raise ValueError(f"process {local} has no GPU of its own ({torch.cuda.device_count()} seen); "
                              "lower --nproc_per_node, or use --device cpu")
         torch.cuda.set_device(local)
         kind = f"cuda:{local}"
@@ -152,7 +153,8 @@ def check_args(args: Args) -> None:
         probe.write_bytes(b"x")
         probe.unlink()
     except OSError as error:
-        raise OSError(f"cannot write to {args.out_dir}: {error.strerror}; choose another --out-dir") from error
+        why = error.strerror
+        raise OSError(f"cannot write to {args.out_dir}: {why}; choose another --out-dir") from error
 
 
 def stage_names(stage: str) -> list[str]:
@@ -172,7 +174,8 @@ def open_train(args: Args, view: str) -> data.Samples:
 def choose_tasks(args: Args, dataset: data.Samples) -> dict[str, int]:
     """Return {task: output channels}. Raises ValueError for a task that the data does not label."""
     if missing := [task for task in args.tasks if task not in dataset.tasks]:
-        raise ValueError(f"{args.data} has no labels for {', '.join(missing)}; it has {', '.join(dataset.tasks)}")
+        raise ValueError(f"{args.data} has no labels for {', '.join(missing)}; it labels "
+                         f"{', '.join(dataset.tasks)}")
     return {task: dataset.tasks[task] for task in args.tasks or dataset.tasks}
 
 
@@ -400,14 +403,14 @@ class Log:
     def flush(self, step: int, images: int, lr: float) -> None:
         """Average the interval that ends before `step` over steps and processes, check, print, append."""
         table = global_sum(torch.stack(self.rows)).cpu() / self.rt.world_size  # (steps, values)
-        bad = torch.where(~torch.isfinite(table))
-        if len(bad[0]):
+        if bad := torch.nonzero(~torch.isfinite(table)).tolist():
+            row, column = bad[0]
             raise FloatingPointError(
-                f"{self.names[bad[1][0]]} is {table[bad[0][0], bad[1][0]]} at step {self.first + int(bad[0][0])} of "
-                f"{self.stage}; lower --lr or change --seed (the last checkpoint is untouched)")
+                f"{self.names[column]} is {table[row, column]} at step {self.first + row} of {self.stage}; "
+                "lower --lr or change --seed (the last checkpoint is untouched)")
         seconds = time.perf_counter() - self.clock
-        count = len(self.rows)
-        row = {"stage": self.stage, "step": step, **dict(zip(self.names, table.mean(0).tolist(), strict=True)),
+        count, means = len(self.rows), table.mean(0).tolist()
+        row = {"stage": self.stage, "step": step, **dict(zip(self.names, means, strict=True)),
                "lr": lr, "images_per_s": images * count / seconds, "ms": 1000 * seconds / count,
                "memory_gib": peak_memory_gib(self.rt.device),
                "seconds_left": (self.steps - step) * seconds / count}
@@ -426,8 +429,9 @@ class Log:
         terms = " ".join(f"{k.split('/')[-1]} {row[k]:.3f}" for k in self.names if k not in routed)
         gates = " ".join(f"{gate:.2f}" for gate in values("lambda").values())
         minutes, seconds = divmod(int(row["seconds_left"]), 60)
-        return (f"{self.stage} {row['step']}/{self.steps}  {terms} | lambda {gates} | load max/mean "
-                f"{max(values('load').values()):.2f} dead {sum(values('dead').values()):.0f} | lr {row['lr']:.1e} "
+        load, dead = max(values("load").values()), sum(values("dead").values())
+        return (f"{self.stage} {row['step']}/{self.steps}  {terms} | lambda {gates} "
+                f"| load max/mean {load:.2f} dead {dead:.0f} | lr {row['lr']:.1e} "
                 f"| {row['images_per_s']:.0f} images/s {row['ms']:.0f} ms {row['memory_gib']:.1f} GiB "
                 f"left {minutes}:{seconds:02d}")
 
@@ -506,7 +510,8 @@ def run_stage(args: Args, rt: Runtime, name: str, taught: teachers.Teachers) -> 
     dataset = first_rank_first(rt, lambda: open_train(args, stage.view))
     tasks = choose_tasks(args, dataset) if stage.view == "multitask" else {}
     student = build_student(args, taught.widths, tasks)
-    origin, start, stored = "resumed", 0, prism.read_checkpoint(path) if args.resume and path.exists() else None
+    stored = prism.read_checkpoint(path) if args.resume and path.exists() else None
+    origin, start = "resumed", 0
     if stored is None:
         origin = initial_weights(args, name, student)
     student.to(rt.device)
@@ -526,12 +531,12 @@ def run_stage(args: Args, rt: Runtime, name: str, taught: teachers.Teachers) -> 
 def print_derived(args: Args, rt: Runtime, name: str, stage: Stage, student: prism.Prism, images: int,
                   origin: str) -> None:
     """Print every number that follows from the arguments."""
-    total, active = prism.count_parameters(student)
-    print(f"\n{name}: {stage.steps} steps x {stage.batch_size} images ({stage.batch_size // rt.world_size} per "
-          f"process, {rt.world_size} processes) of {images}, {stage.steps * stage.batch_size / images:.1f} epochs "
-          f"at {args.image_size} px")
-    print(f"  student {args.size}: {total / 1e6:.2f} M parameters, all trainable, {active / 1e6:.2f} M active per "
-          f"token; contexts {' '.join(student.contexts)}")
+    total, active = (n / 1e6 for n in prism.count_parameters(student))
+    epochs = stage.steps * stage.batch_size / images
+    print(f"\n{name}: {stage.steps} steps x {stage.batch_size} images of {images} = {epochs:.1f} epochs at "
+          f"{args.image_size} px; {rt.world_size} processes, {stage.batch_size // rt.world_size} images each")
+    print(f"  student {args.size}: {total:.2f} M parameters, all trainable, {active:.2f} M active per token; "
+          f"contexts {' '.join(student.contexts)}")
     print(f"  {rt.device}, {rt.amp or torch.float32}, lr {stage.lr:g} {stage.decay}, weight decay "
           f"{stage.weight_decay:g}, clip {stage.clip:g}, seed {args.seed}; {origin}", flush=True)
 
@@ -547,7 +552,7 @@ def fit(args: Args, rt: Runtime, name: str, stage: Stage, student: prism.Prism, 
     log = Log(args.out_dir / "log.jsonl", rt, name, stage.steps, start, args.log_every)
     mine = slice(rt.rank * B, (rt.rank + 1) * B)
     batches = data.batches(dataset, B, stage.steps, start, args.seed, rt.rank, rt.world_size, args.workers)
-    batches = data.track(batches, name, stage.steps, start, lines=False, quiet=rt.rank > 0)  # the log has lines
+    batches = data.track(batches, name, stage.steps, start, lines=False, quiet=rt.rank > 0)
     for step, batch in enumerate(batches, start):
         batch = {k: v.to(rt.device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
         ids = assign_teachers(stage.batch_size, len(cfg.teachers), args.seed, step)[mine]
