@@ -600,18 +600,6 @@ class Args:
     debug: bool = False  # full traceback on errors
 
 
-def choose_device(name: str | None) -> torch.device:
-    """Return the device that is named, or a GPU if there is one. Raises ValueError."""
-    gpu = torch.cuda.is_available()
-    try:
-        device = torch.device(name or ("cuda" if gpu else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"device {name!r} is not known; use cpu or cuda") from error
-    if device.type == "cuda" and not gpu:
-        raise ValueError(f"device {name}, but torch sees no GPU; use --device cpu")
-    return device
-
-
 def choose_tasks(asked: Sequence[str], heads: dict[str, int], dataset) -> list[str]:
     """Return the tasks to score. Raises ValueError where one has no head or no fitting labels."""
     able = [task for task in heads if task in dataset.tasks]
@@ -677,7 +665,7 @@ def print_tables(metrics: dict[str, dict], blocks: list[dict]) -> None:
 
 def main(args: Args) -> None:
     """Check everything cheap, score, print, then write all files at once."""
-    device = choose_device(args.device)
+    device = prism.choose_device(args.device)
     if args.batch_size < 1:
         raise ValueError(f"batch size {args.batch_size} is not positive; use 1 or more")
     stored = prism.read_checkpoint(args.ckpt)

@@ -636,6 +636,18 @@ def save(model: Prism, path: str | Path) -> None:
     write_checkpoint(path, {"model": model.state_dict(), "config": asdict(model.cfg)})
 
 
+def choose_device(name: str | None) -> torch.device:
+    """Return the device that is named, or a GPU if there is one. Raises ValueError."""
+    gpu = torch.cuda.is_available()
+    try:
+        device = torch.device(name or ("cuda" if gpu else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"device {name!r} is not known; use cpu or cuda") from error
+    if device.type == "cuda" and not gpu:
+        raise ValueError(f"device {name}, but torch sees no GPU; use --device cpu")
+    return device
+
+
 def one_line(error: BaseException) -> str:
     """Shorten an error to its first line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

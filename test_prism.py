@@ -461,6 +461,16 @@ def test_resume_is_exact(small_world, tmp_path, tiny, monkeypatch):
     assert named <= logs[0][-1].keys()
 
 
+def test_resume_ignores_a_stage_that_began_elsewhere(small_world, tmp_path, tiny, capsys):
+    """Catches stage 2 of an older run taken for finished after stage 1 was trained anew."""
+    tiny_run(small_world, tmp_path, steps=5)
+    tiny_run(small_world, tmp_path, steps=5, stage="deconstruct", lr=2e-3)
+    weights = prism.read_checkpoint(tmp_path / "prism.pt")["model"]["pos_embed"]
+    again = tiny_run(small_world, tmp_path, steps=5, stage="recompose", resume=True)
+    assert "starting over" in capsys.readouterr().out
+    assert not torch.equal(weights, again["model"]["pos_embed"])
+
+
 def test_resume_refuses_another_run(small_world, tmp_path, tiny):
     """Catches a resume that silently mixes two runs."""
     tiny_run(small_world, tmp_path, stage="deconstruct", steps=5)

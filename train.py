@@ -11,6 +11,7 @@ Order, augmentation, teacher assignment and router noise depend on (seed, step) 
 no random state. out/log.jsonl has every loss term by name.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -101,21 +102,20 @@ class Runtime(NamedTuple):
 
 def start_runtime(device: str | None) -> Runtime:
     """Join torchrun's processes if there are any; pick device and dtype. Raises ValueError."""
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {kind}, but torch sees no GPU; use --device cpu or a CUDA build of torch")
+    chosen = prism.choose_device(device)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if kind == "cuda":
+    if chosen.type == "cuda" and chosen.index is None:
         local = int(os.environ.get("LOCAL_RANK", 0))
         if local >= torch.cuda.device_count():
             raise ValueError(f"process {local} has no GPU of its own ({torch.cuda.device_count()} seen); "
                              "lower --nproc_per_node, or use --device cpu")
         torch.cuda.set_device(local)
-        kind = f"cuda:{local}"
+        chosen = torch.device("cuda", local)
+    gpu = chosen.type == "cuda"
     if world_size > 1 and not dist.is_initialized():  # hours: the first rank may be raising teachers
-        dist.init_process_group("nccl" if "cuda" in kind else "gloo", timeout=timedelta(hours=3))
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=3))
     torch.set_float32_matmul_precision("high")
-    return Runtime(rank, world_size, torch.device(kind), torch.bfloat16 if "cuda" in kind else None)
+    return Runtime(rank, world_size, chosen, torch.bfloat16 if gpu else None)
 
 
 def first_rank_first(rt: Runtime, make):
@@ -456,15 +456,57 @@ def peak_memory_gib(device: torch.device) -> float:
 # --------------------------------------------------------------------------------------- save and resume
 
 
-def checkpoint(student: prism.Prism, optimizer: torch.optim.Optimizer, name: str, step: int, args: Args,
-               provenance: dict) -> dict:
-    """Collect what `restore` and eval.py need."""
-    return {"model": student.state_dict(), "config": asdict(student.cfg), "optimizer": optimizer.state_dict(),
-            "stage": name, "step": step, "seed": args.seed,
-            "steps": stage_defaults(args, name).steps, "provenance": provenance}
+class Run(NamedTuple):
+    """One stage, ready to go on from step `start`."""
+
+    name: str
+    stage: Stage
+    student: prism.Prism
+    optimizer: torch.optim.Optimizer
+    dataset: data.Samples
+    start: int
+    provenance: dict  # plain values: data, teachers, initial weights, code, versions, schedule
 
 
-def restore(path: Path, student: prism.Prism, optimizer: torch.optim.Optimizer, stored: dict, args: Args,
+def prepare(args: Args, rt: Runtime, name: str, taught: teachers.Teachers) -> Run:
+    """Open data, build the student, fill it from the checkpoint to resume or from initial weights."""
+    stage, path = stage_defaults(args, name), args.out_dir / STAGES[name].checkpoint
+    dataset = first_rank_first(rt, lambda: open_train(args, stage.view))
+    tasks = choose_tasks(args, dataset) if stage.view == "multitask" else {}
+    student = build_student(args, taught.widths, tasks)
+    origin, report = initial_weights(args, name, student)
+    student.to(rt.device)
+    optimizer, start = build_optimizer(student, stage), 0
+    provenance = {
+        "data": dataset.source, "teachers": taught.provenance, "init": origin, "code": git_revision(),
+        "torch": str(torch.__version__), "schedule": {"batch size": stage.batch_size, "lr": stage.lr},
+    }
+    stored = prism.read_checkpoint(path) if args.resume and path.exists() else None
+    if stored and stored["provenance"]["init"] != origin:
+        report = f"{path} began with other weights than {origin}: starting over"
+    elif stored:
+        start = restore(path, stored, student, optimizer, args, name, stage)
+        report = f"resumed {path} at step {start}"
+    run = Run(name, stage, student, optimizer, dataset, start, provenance)
+    if rt.rank == 0:
+        print_derived(args, rt, run, report)
+    return run
+
+
+def initial_weights(args: Args, name: str, student: prism.Prism) -> tuple[str, str]:
+    """Fill a new student from --init, or stage 2's from stage 1; returns file with hash, and a report."""
+    path = args.init if args.stage != "all" or name == "deconstruct" else None
+    if path is None and name == "recompose":
+        path = args.out_dir / STAGES["deconstruct"].checkpoint
+    if path is None:
+        return "random weights", "random weights"
+    stored = prism.read_checkpoint(path)
+    report = prism.load_strict(student, stored["model"], path, new=("heads", "task_embed"),
+                               dropped=("heads", "task_embed"))
+    return f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}", f"{path}: {report}"
+
+
+def restore(path: Path, stored: dict, student: prism.Prism, optimizer: torch.optim.Optimizer, args: Args,
             name: str, stage: Stage) -> int:
     """Continue from a checkpoint of the same run; returns its step. Raises ValueError where runs differ."""
     ours = {"stage": name, "seed": args.seed, "steps": stage.steps, "config": asdict(student.cfg),
@@ -479,17 +521,13 @@ def restore(path: Path, student: prism.Prism, optimizer: torch.optim.Optimizer, 
     return stored["step"]
 
 
-def initial_weights(args: Args, name: str, student: prism.Prism) -> str:
-    """Fill a new student from --init, or from stage 1's checkpoint; returns what was done."""
-    path = args.init if args.stage != "all" or name == "deconstruct" else None
-    if path is None and name == "recompose":
-        path = args.out_dir / STAGES["deconstruct"].checkpoint
-    if path is None:
-        return "random weights"
-    stored = prism.read_checkpoint(path)
-    report = prism.load_strict(student, stored["model"], path, new=("heads", "task_embed"),
-                               dropped=("heads", "task_embed"))
-    return f"{path}: {report}"
+def save_checkpoint(args: Args, run: Run, step: int) -> None:
+    """Write all that `restore` and eval.py need, atomically."""
+    prism.write_checkpoint(args.out_dir / run.stage.checkpoint, {
+        "model": run.student.state_dict(), "config": asdict(run.student.cfg),
+        "optimizer": run.optimizer.state_dict(), "stage": run.name, "step": step, "steps": run.stage.steps,
+        "seed": args.seed, "provenance": run.provenance,
+    })
 
 
 def git_revision() -> str:
@@ -504,48 +542,24 @@ def git_revision() -> str:
 # ------------------------------------------------------------------------------------------------ main
 
 
-def run_stage(args: Args, rt: Runtime, name: str, taught: teachers.Teachers) -> None:
-    """Build, restore and train one stage; write its checkpoint."""
-    stage, path = stage_defaults(args, name), args.out_dir / STAGES[name].checkpoint
-    dataset = first_rank_first(rt, lambda: open_train(args, stage.view))
-    tasks = choose_tasks(args, dataset) if stage.view == "multitask" else {}
-    student = build_student(args, taught.widths, tasks)
-    stored = prism.read_checkpoint(path) if args.resume and path.exists() else None
-    origin, start = "resumed", 0
-    if stored is None:
-        origin = initial_weights(args, name, student)
-    student.to(rt.device)
-    optimizer = build_optimizer(student, stage)
-    if stored is not None:
-        start = restore(path, student, optimizer, stored, args, name, stage)
-    provenance = {
-        "data": dataset.source, "teachers": taught.provenance, "init": origin, "code": git_revision(),
-        "torch": str(torch.__version__), "schedule": {"batch size": stage.batch_size, "lr": stage.lr},
-    }
-    if rt.rank == 0:
-        print_derived(args, rt, name, stage, student, len(dataset), f"{origin}, step {start}")
-    if start < stage.steps:
-        fit(args, rt, name, stage, student, optimizer, dataset, taught, start, provenance)
-
-
-def print_derived(args: Args, rt: Runtime, name: str, stage: Stage, student: prism.Prism, images: int,
-                  origin: str) -> None:
+def print_derived(args: Args, rt: Runtime, run: Run, report: str) -> None:
     """Print every number that follows from the arguments."""
-    total, active = (n / 1e6 for n in prism.count_parameters(student))
+    stage, images = run.stage, len(run.dataset)
+    total, active = (n / 1e6 for n in prism.count_parameters(run.student))
     epochs = stage.steps * stage.batch_size / images
-    print(f"\n{name}: {stage.steps} steps x {stage.batch_size} images of {images} = {epochs:.1f} epochs at "
-          f"{args.image_size} px; {rt.world_size} processes, {stage.batch_size // rt.world_size} images each")
+    print(f"\n{run.name}: {stage.steps} steps x {stage.batch_size} images of {images} = {epochs:.1f} epochs "
+          f"at {args.image_size} px; {rt.world_size} processes, {stage.batch_size // rt.world_size} images each")
     print(f"  student {args.size}: {total:.2f} M parameters, all trainable, {active:.2f} M active per token; "
-          f"contexts {' '.join(student.contexts)}")
+          f"contexts {' '.join(run.student.contexts)}")
     print(f"  {rt.device}, {rt.amp or torch.float32}, lr {stage.lr:g} {stage.decay}, weight decay "
-          f"{stage.weight_decay:g}, clip {stage.clip:g}, seed {args.seed}; {origin}", flush=True)
+          f"{stage.weight_decay:g}, clip {stage.clip:g}, seed {args.seed}; {report}", flush=True)
 
 
-def fit(args: Args, rt: Runtime, name: str, stage: Stage, student: prism.Prism, optimizer, dataset,
-        taught: teachers.Teachers, start: int, provenance: dict) -> None:
-    """Train `student` from step `start`: the one loop of every stage."""
+def fit(args: Args, rt: Runtime, run: Run, taught: teachers.Teachers) -> None:
+    """Train one stage from its start to its end: the one loop of every stage."""
+    name, stage, student, optimizer, dataset, start, _ = run
     cfg, B = student.cfg, stage.batch_size // rt.world_size
-    if args.compile if args.compile is not None else rt.device.type == "cuda":
+    if compiles(args, rt):
         student.trunk = torch.compile(student.trunk)
     model = DistributedDataParallel(student, broadcast_buffers=False) if rt.world_size > 1 else student
     model.train()
@@ -572,27 +586,32 @@ def fit(args: Args, rt: Runtime, name: str, stage: Stage, student: prism.Prism, 
         log.add({**{k: v for k, (_, v) in terms.items()}, "loss": loss, "grad_norm": norm,
                  **routing_values(out.routes, cfg.moe_blocks)})
         done = step + 1
-        if done % args.log_every == 0 or done % args.save_every == 0 or done == stage.steps:
+        saves = done % args.save_every == 0 or done == stage.steps
+        if saves or done % args.log_every == 0:
             log.flush(done, stage.batch_size, lr_at(step, stage))  # raises before bad weights are saved
-        if (done % args.save_every == 0 or done == stage.steps) and rt.rank == 0:
-            prism.write_checkpoint(args.out_dir / stage.checkpoint,
-                                   checkpoint(student, optimizer, name, done, args, provenance))
-    if rt.rank == 0:
-        print(f"wrote {args.out_dir / stage.checkpoint}")
-    if rt.world_size > 1:
-        dist.barrier()  # the next stage reads the file on every rank
+        if saves and rt.rank == 0:
+            save_checkpoint(args, run, done)
+
+
+def compiles(args: Args, rt: Runtime) -> bool:
+    return rt.device.type == "cuda" if args.compile is None else args.compile
 
 
 def train(args: Args) -> None:
     """Check, raise or load the teachers, run the stages one after the other."""
     check_args(args)
     rt = start_runtime(args.device)
-    compile = args.compile if args.compile is not None else rt.device.type == "cuda"
-    taught = first_rank_first(rt, lambda: teachers.Teachers(args.teachers, rt.device, compile))
+    taught = first_rank_first(rt, lambda: teachers.Teachers(args.teachers, rt.device, compiles(args, rt)))
     for name in stage_names(args.stage):
-        run_stage(args, rt, name, taught)
+        run = prepare(args, rt, name, taught)
+        if run.start < run.stage.steps:
+            fit(args, rt, run, taught)
+        if rt.rank == 0:
+            print(f"wrote {args.out_dir / run.stage.checkpoint}")
+        if rt.world_size > 1:
+            dist.barrier()  # the next stage reads the file on every rank
     if rt.rank == 0 and name == "recompose":
-        print(f"next: python eval.py --ckpt {args.out_dir / STAGES[name].checkpoint}")
+        print(f"next: python eval.py --ckpt {args.out_dir / run.stage.checkpoint}")
     if rt.world_size > 1:
         dist.destroy_process_group()
 
