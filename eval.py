@@ -26,7 +26,10 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: see train.py
+
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,12 +37,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Column, Table
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_flow
-from torch import Tensor
+from torch import Tensor, nn
 
 import data
 import prism
@@ -424,6 +428,127 @@ def evaluate(model, dataset, device, batch_size: int, tasks: Sequence[str]) -> d
     """Score the model on the whole dataset: {task: what its metric's `compute` returns}."""
     metrics = measure(model, dataset, device, batch_size, tasks)
     return {task: metric.compute() for task, metric in metrics.items()}
+
+
+# ---------------------------------------------------------------------------------------------- probes
+
+
+class Probe(nn.Module):
+    """Read every task off frozen features with one linear map per task, patch by patch.
+
+    features: images (B, 3, H, W), RGB in [0, 1] -> 4 levels (B, C, h, w). A patch's levels, whitened,
+    predict the labels at CELLS x CELLS places inside it: classes by logistic regression, numbers by
+    ridge regression. `predict` gives what a student's does, so `evaluate` scores it.
+    """
+
+    CELLS = 4
+    STEPS = 100
+
+    def __init__(self, features, dataset):
+        super().__init__()
+        self.features, samples = features, [dataset[i] for i in range(len(dataset))]
+        with torch.no_grad():
+            chunks = (samples[k : k + 64] for k in range(0, len(samples), 64))
+            x = torch.cat([self.levels(stack(chunk, "image")) for chunk in chunks])
+        self.grid, x = x.shape[1:3], x.flatten(0, 2)  # (T, F)
+        self.mean, self.whiten = whitening(x)
+        x = self.whitened(x)
+        labels = {task: self.cells(task, stack(samples, task)) for task in dataset.tasks}
+        self.maps = fit_numbers(x, {k: y for k, y in labels.items() if k in ("normals", "depth")})
+        classes = {k: y for k, y in labels.items() if k not in self.maps}
+        self.maps |= fit_classes(x, classes, dataset.tasks, self.STEPS)
+
+    def levels(self, images: Tensor) -> Tensor:
+        """Return the levels of each patch side by side, (B, h, w, F)."""
+        return torch.cat(self.features(images), 1).permute(0, 2, 3, 1)
+
+    def whitened(self, x: Tensor) -> Tensor:
+        x = (x - self.mean) @ self.whiten
+        return torch.cat([x, torch.ones_like(x[..., :1])], -1)  # (..., F + 1), the last for the bias
+
+    def cells(self, task: str, y: Tensor) -> Tensor:
+        """Pick the labels (images, [C,] H, W) at the cells of each patch: (T, C, cells)."""
+        y = y.unsqueeze(1) if y.ndim == 3 else y
+        stride = y.shape[-1] // (self.grid[1] * self.CELLS)
+        y = y[..., stride // 2 :: stride, stride // 2 :: stride]
+        return rearrange(y, "b c (h p) (w q) -> (b h w) c (p q)", p=self.CELLS, q=self.CELLS)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor, tasks: Sequence[str]) -> dict[str, Tensor]:
+        """Return {task: (B, C, H, W)}, raw outputs as a student's."""
+        x = self.whitened(self.levels(images))  # (B, h, w, F + 1)
+        raw = {}
+        for task in tasks:
+            y = x @ self.maps[task]
+            y = rearrange(y, "b h w (c p q) -> b c (h p) (w q)", p=self.CELLS, q=self.CELLS)
+            raw[task] = F.interpolate(y, images.shape[-2:], mode="bilinear", align_corners=False)
+        return raw
+
+
+def whitening(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean (F,) and map (F, F) that make x (T, F) uncorrelated; weak directions stay weak."""
+    mean, std = x.mean(0), x.std(0) + 1e-6
+    z = (x - mean) / std
+    values, vectors = torch.linalg.eigh(z.T @ z / len(z))
+    return mean, vectors * (values.clamp(min=0) + 1e-3).rsqrt() / std[:, None]
+
+
+def fit_numbers(x: Tensor, labels: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Fit x (T, F + 1) to labels (T, C, cells) by ridge regression; returns {task: (F + 1, C * cells)}."""
+    gram, maps = x.T @ x / len(x) + 1e-2 * torch.eye(x.shape[1]), {}
+    for task, y in labels.items():
+        known = y != data.IGNORE
+        mean = (y * known).sum((0, 2)) / known.sum((0, 2))  # (C,)
+        y = torch.where(known, y, mean[:, None]).flatten(1)  # an unknown cell counts as the mean
+        maps[task] = torch.linalg.solve(gram, x.T @ y / len(x))
+    return maps
+
+
+def fit_classes(x: Tensor, labels: dict[str, Tensor], channels: dict[str, int],
+                steps: int) -> dict[str, Tensor]:
+    """Fit x (T, F + 1) to classes (T, 1, cells) by logistic regression: {task: (F + 1, C * cells)}."""
+    maps = {task: torch.zeros(x.shape[1], channels[task] * y.shape[2], requires_grad=True)
+            for task, y in labels.items()}
+    optimizer = torch.optim.Adam(maps.values(), 0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, steps)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    order = order.repeat(1 + steps * 2048 // len(x))
+    for k in range(steps):
+        rows = order[k * 2048 : (k + 1) * 2048]
+        loss = sum(class_loss(rearrange(x[rows] @ maps[task], "t (c p) -> t c p", p=y.shape[2]), y[rows, 0])
+                   for task, y in labels.items())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return {task: w.detach() for task, w in maps.items()}
+
+
+def class_loss(logits: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy of logits (T, C, cells) with labels (T, cells), binary where C is 1."""
+    if logits.shape[1] == 1:
+        known = y != data.IGNORE
+        return F.binary_cross_entropy_with_logits(logits[:, 0][known], y[known])
+    return F.cross_entropy(logits, y, ignore_index=data.IGNORE)
+
+
+def probe(features, train, test) -> dict[str, float]:
+    """Fit a `Probe` on one dataset, return its headline numbers {task: value} on another."""
+    metrics = evaluate(Probe(features, train), test, "cpu", 64, list(test.tasks))
+    return {task: headline(task, value) for task, value in metrics.items()}
+
+
+def probe_table(features: dict[str, Callable[[Tensor], list[Tensor]]], train, test) -> None:
+    """Probe each {name: images -> 4 levels}, the floor first; print name x task, best in bold."""
+    rows = {name: probe(levels, train, test) for name, levels in features.items()}
+    table = Table("linear probe of", *(f"{task} {data.TASKS[task].metric}" for task in test.tasks))
+    for name, row in rows.items():
+        cells = []
+        for task, value in row.items():
+            best = (min if data.TASKS[task].lower_is_better else max)(r[task] for r in rows.values())
+            cells.append(f"{'[bold]' if value == best else ''}{value:.2f}")
+        table.add_row(name, *cells)
+    console.print(table)
 
 
 # --------------------------------------------------------------------------------------------- routing

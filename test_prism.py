@@ -690,6 +690,136 @@ def test_world_edges_lie_where_instances_change(scenes):
         assert edge.sum() < 0.75 * near.sum()  # thin: near is about three pixels wide
 
 
+# ------------------------------------------------------------------------------------------- teachers
+
+
+def small_scenes(count=8):
+    """Scenes as the toys see them, read from rendered arrays instead of files."""
+    rendered = data.render(3, range(count), 64)
+    images = torch.from_numpy(rendered["image"]).permute(0, 3, 1, 2).contiguous()
+    return teachers.Scenes(images, torch.from_numpy(rendered["instance"]),
+                           *teachers.caption_tables(rendered["captions"]))
+
+
+def short(name, **changes):
+    """Return a toy's settings for a few cheap steps."""
+    toy = teachers.TOYS[name]
+    encoder = replace(toy.encoder, dim=16, heads=2, hidden=16)
+    return toy._replace(encoder=encoder, **{"steps": 3, "batch_size": 4, **changes})
+
+
+@pytest.fixture
+def toy_cache(tmp_path, monkeypatch):
+    """An empty cache, and toys that are raised in a moment."""
+    monkeypatch.setenv("PRISM_CACHE", str(tmp_path))
+    monkeypatch.setattr(teachers, "TOYS", {name: short(name) for name in teachers.TOYS})
+    monkeypatch.setattr(teachers, "read_scenes", lambda root: small_scenes())
+    monkeypatch.setattr(data, "render_world", lambda *args, **settings: tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", list(teachers.TOYS))
+def test_raising_is_deterministic_and_learns(name):
+    """Catches a draw from the global generator, and an objective without a gradient."""
+    scenes, toy = small_scenes(), short(name)
+    first = teachers.raise_toy(name, toy, scenes).state_dict()
+    torch.rand(7)
+    again = teachers.raise_toy(name, toy, scenes).state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in first.items())
+    other = teachers.raise_toy(name, toy._replace(seed=1), scenes).state_dict()
+    assert not torch.equal(first["patch_embed.weight"], other["patch_embed.weight"])
+    torch.manual_seed(toy.seed)
+    born = teachers.Encoder(toy.encoder).state_dict()
+    assert [key for key in first if torch.equal(first[key], born[key])] == []
+
+
+def test_teachers_see_only_their_own_images(toy_cache):
+    """Catches rows out of batch order, a teacher run on others' images, a crash on an empty share."""
+    taught = teachers.Teachers(list(teachers.TOYS))
+    images, ids = torch.rand(5, 3, 64, 64), torch.tensor([2, 0, 2, 0, 2])
+    targets = taught.targets(images, ids)
+    for i, (name, maps) in enumerate(targets.items()):
+        alone = [taught.members[name].features(images[k : k + 1]) for k in range(5) if ids[k] == i]
+        assert len(maps) == 4 and all(m.shape == (len(alone), 16, 8, 8) for m in maps)
+        for level in range(4):
+            for row, expected in zip(maps[level], alone, strict=True):
+                torch.testing.assert_close(row, expected[level][0], rtol=1e-4, atol=1e-5)
+    assert not any(p.requires_grad for t in taught.members.values() for p in t.parameters())
+
+
+def test_teacher_size_rule_and_normalisation(toy_cache):
+    """Catches a teacher fed with another's mean and std, or an image squeezed to a square."""
+    teacher = teachers.load_teacher("toy-clip")
+    image = torch.rand(1, 3, 64, 64)
+    by_hand = teacher.blocks((image - 0.5) / 0.25)
+    assert all(torch.equal(a, b) for a, b in zip(teacher.features(image), by_hand, strict=True))
+    assert teacher.features(torch.rand(1, 3, 96, 192))[0].shape[-2:] == (8, 16)
+    with pytest.raises(ValueError, match="unknown teacher dino.*toy-clip"):
+        teachers.load_teacher("dino")
+
+
+def test_teacher_cache(toy_cache, monkeypatch):
+    """Catches a cache that is ignored, outlives its settings, or is read when it is damaged."""
+    first = teachers.load_teacher("toy-sam").encoder.state_dict()
+    with monkeypatch.context() as patch:
+        patch.setattr(teachers, "raise_toy", None)  # a second raising would fail
+        again = teachers.load_teacher("toy-sam").encoder.state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in first.items())
+    (file,) = toy_cache.glob("toy-sam-*.safetensors")
+    toy = teachers.TOYS["toy-sam"]
+    assert teachers.toy_key("toy-sam", toy) != teachers.toy_key("toy-sam", toy._replace(steps=4))
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"{file.name} is damaged.*delete it"):
+        teachers.load_teacher("toy-sam")
+    assert not list(toy_cache.glob(".*.part"))
+
+
+def test_captions_are_read_as_they_are_written():
+    """Catches left taken for right, articles in phrases, words that no caption has."""
+    caption = ("a room with 2 balls, 1 plant: a red ball, an orange ball, a plant in a blue pot; "
+               "the red ball is right of the orange ball; the orange ball is left of the plant in a blue pot")
+    phrases, pairs = teachers.parse_caption(caption)
+    assert phrases == ["red ball", "orange ball", "plant in a blue pot"]
+    assert pairs == [("orange ball", "red ball"), ("orange ball", "plant in a blue pot")]
+    assert teachers.parse_caption("an empty room") == ([], [])
+    has, places, words = teachers.caption_tables([caption, "an empty room"])
+    assert has.tolist() == [[True] * 3, [False] * 3] and (places[1] == -1).all()
+    assert words.sum(1).tolist() == [2, 2, 2]  # orange ball; plant blue; red ball
+
+
+def test_toy_objectives_by_hand():
+    """Catches losses that reward the wrong answer: each against its perfect and its opposite case."""
+    masks = torch.tensor([[[True, True, False, False]]])
+    sure = torch.where(masks, 20.0, -20.0)
+    assert teachers.mask_loss(sure, masks) < 1e-3 < 20 < teachers.mask_loss(-sure, masks)
+    true = torch.eye(3, dtype=torch.bool)
+    right = torch.where(true, 10.0, -10.0)
+    for dim in (0, 1):
+        assert teachers.contrast_loss(right, true, dim) < 1e-3
+        assert teachers.contrast_loss(-right, true, dim) > 10
+    x, places = torch.tensor([-1.0, 1.0]), torch.tensor([[[0, 1], [-1, -1]]])
+    scores = torch.tensor([[[20.0, -20.0], [-20.0, 20.0]]])  # phrase 0 on the left, 1 on the right
+    loss = teachers.place_loss(scores, x, places, 2.0)
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-4)), rel=1e-4)
+    assert teachers.place_loss(scores, -x, places, 2.0).item() == pytest.approx(4 + loss.item(), rel=1e-4)
+
+
+def test_probe_reads_what_is_there_and_no_more(small_world):
+    """Catches a probe that finds labels in noise, or misses those that the features spell out."""
+    world = data.World(small_world, "train", train=False)
+
+    def told(images):
+        near = [next(s for s in known if torch.equal(s["image"], image)) for image in images]
+        depth = torch.stack([s["depth"] for s in near]).clamp(max=20)
+        cells = F.interpolate(depth[:, None], (16, 16), mode="nearest-exact")
+        return [F.pixel_unshuffle(cells, 4)] * 4
+
+    known = [world[i] for i in range(len(world))]
+    good = scoring.probe(told, world, world)["depth"]
+    blind = scoring.probe(lambda images: [torch.zeros(len(images), 4, 4, 4)] * 4, world, world)["depth"]
+    assert good < 0.5 * blind
+
+
 # ------------------------------------------------------- a stand-in renderer and a hand-made PASCAL folder
 
 
