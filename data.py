@@ -788,14 +788,23 @@ def write_world(root: Path, settings: WorldSettings, key: str):
 
 def on_all_cores(function, tasks: list) -> Iterator:
     """Yield function(task) in any order; few tasks stay here, a process takes seconds to start."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(cores, len(tasks) // 4)
+    workers = min(core_count(), len(tasks) // 4)
     if workers < 2:
         yield from map(function, tasks)
         return
     # Spawned, not forked: a fork hangs once CUDA or threads have started.
     with multiprocessing.get_context("spawn").Pool(workers, torch.set_num_threads, (1,)) as pool:
         yield from pool.imap_unordered(function, tasks)
+
+
+def core_count() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def cache_folder() -> Path:
+    """Return where rendered worlds and toy teachers are kept."""
+    return Path(os.environ.get("PRISM_CACHE") or "~/.cache/prism").expanduser()
 
 
 def world_key(settings: WorldSettings) -> str:
@@ -814,8 +823,7 @@ def render_world(root: str | Path | None = None, **settings: int) -> Path:
     """
     settings = WorldSettings(**settings)
     key = world_key(settings)
-    cache = Path(os.environ.get("PRISM_CACHE") or "~/.cache/prism").expanduser()
-    root = Path(root or cache / f"world-{settings.size}px-{key}")
+    root = Path(root or cache_folder() / f"world-{settings.size}px-{key}")
     if (root / "meta.json").exists() and load_json(root / "meta.json").get("key") == key:
         return root
     if root.exists() and any(root.iterdir()):

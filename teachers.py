@@ -18,11 +18,14 @@ import hashlib
 import inspect
 import json
 import math
+import multiprocessing
 import os
+import queue
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: see train.py
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -332,16 +335,20 @@ TOYS = {
 }
 
 
-def raise_toy(name: str, toy: Toy, scenes: Scenes, device: str | torch.device = "cpu") -> Encoder:
-    """Train an encoder from nothing by a toy's objective. Same settings, same machine: same weights."""
+def raise_toy(name: str, toy: Toy, scenes: Scenes, device: str | torch.device = "cpu",
+              follow: Callable | None = None) -> Encoder:
+    """Train an encoder from nothing by a toy's objective. Same settings, same machine: same weights.
+
+    follow: wraps the iterator over steps to report progress (default: a bar).
+    """
     with torch.random.fork_rng():
         torch.manual_seed(toy.seed)
         encoder = Encoder(toy.encoder).to(device)
         objective = toy.objective(toy.encoder, scenes).to(device)
         weights = [*encoder.parameters(), *objective.parameters()]
         optimizers = build_optimizers(encoder, weights, toy)
-        rows_of_steps = enumerate(shuffled(len(scenes.images), toy))
-        for step, rows in data.track(rows_of_steps, f"raising {name}", toy.steps):
+        steps = enumerate(shuffled(len(scenes.images), toy))
+        for step, rows in follow(steps) if follow else data.track(steps, f"raising {name}", toy.steps):
             batch = scenes.batch(rows, step % 2 == 1, device)
             loss = objective(encoder, encoder.normalise(batch.images.float() / 255), batch)
             loss.backward()
@@ -395,17 +402,68 @@ def toy_key(name: str, toy: Toy) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def load_toy(name: str, device: str | torch.device) -> tuple[Encoder, dict]:
-    """Read a toy from the cache, after raising it into there if need be; returns its provenance, too."""
-    toy = TOYS[name]
-    key = toy_key(name, toy)
-    path = Path(os.environ.get("PRISM_CACHE") or "~/.cache/prism").expanduser() / f"{name}-{key}.safetensors"
-    if not path.exists():
-        encoder = raise_toy(name, toy, read_scenes(data.render_world()), device)
-        write_weights(path, encoder, {"name": name, "key": key})
+def toy_path(name: str) -> Path:
+    """Return where the cache keeps a toy."""
+    return data.cache_folder() / f"{name}-{toy_key(name, TOYS[name])}.safetensors"
+
+
+def load_toy(name: str) -> tuple[Encoder, dict]:
+    """Read a toy from the cache; returns it and its provenance. Raises ValueError if it is damaged."""
+    toy, key = TOYS[name], toy_key(name, TOYS[name])
     encoder = Encoder(toy.encoder)
-    read_weights(path, encoder)
+    read_weights(toy_path(name), encoder)
     return encoder, {"kind": "toy", "objective": toy.objective.__name__, "settings": key, "licence": "MIT"}
+
+
+def raise_missing(names: Sequence[str], device: str | torch.device) -> None:
+    """Raise the toys that the cache lacks: on the GPU one by one, else a process and a core for each.
+
+    One thread each: on such small products a second one gains a third, a second process doubles.
+    """
+    missing = [name for name in names if not toy_path(name).exists()]
+    workers = min(data.core_count(), len(missing))
+    root = data.render_world() if missing else None
+    if workers < 2 or torch.device(device).type == "cuda":
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        for name in missing:
+            raise_into_cache(name, root, device)
+        torch.set_num_threads(threads)
+        return
+    spawn, total = multiprocessing.get_context("spawn"), sum(TOYS[name].steps for name in missing)
+    with spawn.Manager() as manager, ProcessPoolExecutor(workers, spawn, torch.set_num_threads, (1,)) as pool:
+        ticks = manager.Queue()
+        jobs = [pool.submit(raise_into_cache, name, root, "cpu", ticks) for name in missing]
+        for _ in data.track(listen(ticks, jobs, total), f"raising {', '.join(missing)}", total):
+            pass
+        for job in jobs:
+            job.result()
+
+
+def listen(ticks, jobs: list[Future], total: int) -> Iterator[None]:
+    """Yield once per step that a process reports; what it raises is raised here."""
+    heard = 0
+    while heard < total:
+        try:
+            ticks.get(timeout=1)
+            heard += 1
+            yield
+        except queue.Empty:
+            for job in jobs:
+                if job.done():
+                    job.result()
+
+
+def raise_into_cache(name: str, root: Path, device: str | torch.device, ticks=None) -> None:
+    """Raise a toy on the world in `root` and write it to the cache; ticks: queue told of every step."""
+    def report(steps):
+        for step in steps:
+            yield step
+            ticks.put(name)
+
+    toy = TOYS[name]
+    encoder = raise_toy(name, toy, read_scenes(root), device, None if ticks is None else report)
+    write_weights(toy_path(name), encoder, {"name": name, "key": toy_key(name, toy)})
 
 
 def write_weights(path: Path, encoder: Encoder, metadata: dict[str, str]) -> None:
@@ -450,7 +508,8 @@ def load_teacher(source: str, size: int | None = None, device: str | torch.devic
         low = max(size // cfg.patch, 1) * cfg.patch
         raise ValueError(f"size {size} of {source} is not a multiple of its patch {cfg.patch}; "
                          f"use {low} or {low + cfg.patch}")
-    encoder, provenance = load_toy(source, device)
+    raise_missing([source], device)
+    encoder, provenance = load_toy(source)
     return Teacher(encoder, size, provenance).to(device)
 
 
@@ -459,6 +518,7 @@ class Teachers:
 
     def __init__(self, names: Sequence[str], device: str | torch.device = "cpu", compile: bool = False):
         check_names(names)
+        raise_missing(names, device)
         self.members = {name: load_teacher(name, device=device) for name in names}
         self.widths = {name: teacher.width for name, teacher in self.members.items()}
         self.provenance = {name: teacher.provenance for name, teacher in self.members.items()}
@@ -499,6 +559,7 @@ def main(args: Args) -> None:
     import eval  # here alone: a module that train.py needs must not need eval.py
 
     root = data.render_world()
+    raise_missing(list(TOYS), args.device)
     members = {"untrained": untrained()}
     members |= {name: load_teacher(name, device=args.device).cpu() for name in TOYS}
     features = {name: teacher.features for name, teacher in members.items()}

@@ -714,6 +714,7 @@ def toy_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("PRISM_CACHE", str(tmp_path))
     monkeypatch.setattr(teachers, "TOYS", {name: short(name) for name in teachers.TOYS})
     monkeypatch.setattr(teachers, "read_scenes", lambda root: small_scenes())
+    monkeypatch.setattr(data, "core_count", lambda: 1)  # other processes would not see these changes
     monkeypatch.setattr(data, "render_world", lambda *args, **settings: tmp_path)
     return tmp_path
 

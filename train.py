@@ -89,8 +89,8 @@ class Stage(NamedTuple):
 
 # Paper: 30 epochs, 160, 1e-3, 0.01, 2 epochs, cosine, 1; then 40,000, 6, 2e-5, 1e-6, none, poly, 10.
 STAGES = {
-    "deconstruct": Stage("deconstruct.pt", 400, 32, 1e-3, 0.01, 2 / 30, "cosine", 1.0, "distill"),
-    "recompose": Stage("prism.pt", 400, 8, 1e-3, 1e-6, 0.05, "poly", 10.0, "multitask"),
+    "deconstruct": Stage("deconstruct.pt", 350, 32, 1e-3, 0.01, 2 / 30, "cosine", 1.0, "distill"),
+    "recompose": Stage("prism.pt", 320, 8, 1e-3, 1e-6, 0.05, "poly", 10.0, "multitask"),
 }
 
 # ---------------------------------------------------------------------------------------------- set-up
