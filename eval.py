@@ -25,6 +25,7 @@ and zero depth. Both are numpy arrays or tensors, one image (H, W) or a batch (B
 import json
 import math
 import os
+import sys
 import tempfile
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: see train.py
@@ -61,7 +62,7 @@ COLUMNS = {  # metric -> unit, better is, protocol
     "rmse": ("metres", "lower", "sak"),
     "delta1": ("%", "higher", "eigen"),
 }
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 110)  # a file has no width of its own
 
 # --------------------------------------------------------------------------------------------- metrics
 
