@@ -7,6 +7,8 @@ from pathlib import Path
 
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 import prism
 
 out = Path(sys.argv[1])
