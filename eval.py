@@ -684,8 +684,10 @@ def draw_routing(blocks: list[dict]) -> Image.Image:
         notes = ",  ".join(f"{kind} {block['nmi_' + kind]:.3f}" for kind in kinds)
         title = f"block {block['block']}     lambda {block['lambda']:.3f}     NMI  {notes}"
         write(pen, 20, 62 + k * step, title, size=18, anchor="lm")
-        for table, x in zip(line, (20, 40 + line[0].width), strict=False):
+        x = 20
+        for table in line:
             canvas.paste(table, (x, 82 + k * step))
+            x += table.width + 20
     return canvas
 
 

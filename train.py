@@ -19,8 +19,8 @@ import resource
 import subprocess
 import time
 
-# Before torch: threads that spin at barriers made a step 40 times slower beside one busy process; threads
-# that sleep cost up to 1.4 times on an idle machine (toy student, 2 cores).
+# Before torch: threads that spin at barriers starve beside other busy processes (a toy step of 0.3 s took
+# 11 s, measured once); threads that sleep cost up to 1.4 times on an idle machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from contextlib import nullcontext
@@ -484,7 +484,7 @@ def prepare(args: Args, rt: Runtime, name: str, taught: teachers.Teachers) -> Ru
     optimizer, start = build_optimizer(student, stage), 0
     provenance = {
         "data": dataset.source, "teachers": taught.provenance, "init": origin, "code": git_revision(),
-        "torch": str(torch.__version__), "schedule": {"batch size": stage.batch_size, "lr": stage.lr},
+        "torch": str(torch.__version__), "schedule": schedule_of(args, stage),
     }
     stored = prism.read_checkpoint(path) if args.resume and path.exists() else None
     if stored and stored["provenance"]["init"] != origin:
@@ -496,6 +496,12 @@ def prepare(args: Args, rt: Runtime, name: str, taught: teachers.Teachers) -> Ru
     if rt.rank == 0:
         print_derived(args, rt, run, report)
     return run
+
+
+def schedule_of(args: Args, stage: Stage) -> dict:
+    """List what may not change between a checkpoint and the run that resumes it."""
+    return {"data": args.data, "batch size": stage.batch_size, "lr": stage.lr,
+            "weight decay": stage.weight_decay, "distill weight": args.distill_weight}
 
 
 def initial_weights(args: Args, name: str, student: prism.Prism) -> tuple[str, str]:
@@ -515,7 +521,7 @@ def restore(path: Path, stored: dict, student: prism.Prism, optimizer: torch.opt
             name: str, stage: Stage) -> int:
     """Continue from a checkpoint of the same run; returns its step. Raises ValueError where runs differ."""
     ours = {"stage": name, "seed": args.seed, "steps": stage.steps, "config": asdict(student.cfg),
-            "batch size": stage.batch_size, "lr": stage.lr}
+            **schedule_of(args, stage)}
     theirs = {**{k: stored.get(k) for k in ours}, **stored["provenance"]["schedule"]}
     if differ := [k for k in ours if ours[k] != theirs[k]]:
         detail = ", ".join(f"{k} {theirs[k]} there, {ours[k]} here" for k in differ if k != "config")
@@ -613,7 +619,7 @@ def train(args: Args) -> None:
         if run.start < run.stage.steps:
             fit(args, rt, run, taught)
         if rt.rank == 0:
-            print(f"wrote {args.out_dir / run.stage.checkpoint}")
+            print(f"{args.out_dir / run.stage.checkpoint} holds all {run.stage.steps} steps")
         if rt.world_size > 1:
             dist.barrier()  # the next stage reads the file on every rank
     if rt.rank == 0 and name == "recompose":
