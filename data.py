@@ -49,7 +49,7 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from scipy.io import loadmat, savemat
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -872,6 +872,20 @@ def load_picture(path: Path, mode: str | None = None) -> np.ndarray:
     """Read an image as (H, W) or (H, W, 3) uint8; without a mode, palette files keep their ids."""
     with Image.open(path) as picture:
         return np.array(picture.convert(mode) if mode else picture)
+
+
+def read_photo(path: Path, longest: int = 1024) -> np.ndarray:
+    """Read anyone's photo as (H, W, 3) uint8: upright (EXIF), shrunk to at most `longest` pixels a side."""
+    if not path.is_file():
+        raise FileNotFoundError(f"photo {path} does not exist; name a file that does")
+
+    def read(path: Path) -> np.ndarray:
+        with Image.open(path) as picture:
+            upright = ImageOps.exif_transpose(picture).convert("RGB")
+        upright.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+        return np.array(upright)
+
+    return decode_file(path, read)
 
 
 def load_objects(path: Path) -> list[tuple]:

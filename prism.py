@@ -19,6 +19,7 @@ tokens, H x W pixels, h x w patches. R rows = images x contexts, all images of o
 import math
 import os
 import pickle
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -415,6 +416,12 @@ class Prism(nn.Module):
                                (experts.w2, fc2.weight), (experts.b2, fc2.bias)):
                 stacked.copy_(p.expand_as(stacked))
 
+    def expect(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Set what is subtracted from RGB in [0, 1] and what divides it: as initial weights want it."""
+        self.cfg = replace(self.cfg, mean=tuple(mean), std=tuple(std))
+        self.mean.copy_(torch.tensor(mean).view(3, 1, 1))
+        self.std.copy_(torch.tensor(std).view(3, 1, 1))
+
     def embed(self, images: Tensor) -> Tensor:
         """Turn RGB in [0, 1] (B, 3, H, W) into tokens (B, N, D)."""
         H, W, patch = *images.shape[-2:], self.cfg.patch
@@ -627,8 +634,32 @@ def load_strict(model: nn.Module, state: dict[str, Tensor], path: str | Path, ne
     parts = [f"loaded {len(own) - len(missing)}"]
     for word, keys in (("new", missing), ("dropped", extra)):
         if keys:
-            parts.append(f"{word} {len(keys)} ({', '.join(sorted({k.split('.')[0] for k in keys}))})")
+            groups = {re.sub(r"blocks\.\d+\.", "", k).split(".")[0] for k in keys}
+            parts.append(f"{word} {len(keys)} ({', '.join(sorted(groups))})")
     return ", ".join(parts)
+
+
+def start_from_vit(model: Prism, state: dict[str, Tensor], path: str | Path) -> str:
+    """Fill a new student's trunk from a plain ViT in timm's names; all experts copy their block's MLP.
+
+    Returns what `load_strict` does. Raises ValueError.
+    """
+    cfg, renamed = model.cfg, {}
+    for key, value in state.items():
+        mlp = re.match(r"blocks\.(\d+)\.mlp", key)
+        stream = "anchor" if mlp and int(mlp[1]) in cfg.moe_blocks else "mlp"
+        for theirs, ours in (("mlp.fc1", f"{stream}.0"), ("mlp.fc2", f"{stream}.2"),
+                             ("patch_embed.proj", "patch_embed")):
+            key = key.replace(theirs, ours)
+        if key == "pos_embed":
+            side = math.isqrt(value.shape[1])
+            value = resize_pos(value, (side, side), cfg.grid)
+        renamed[key] = value
+    new = [f"blocks.{i}.{part}." for i in cfg.moe_blocks for part in ("gate", "shared", "router", "experts")]
+    report = load_strict(model, renamed, path, dropped=("head.",), new=(
+        *new, "teacher_embed", "task_embed", "projectors.", "heads."))
+    model.copy_anchors()
+    return report
 
 
 def save(model: Prism, path: str | Path) -> None:

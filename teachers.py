@@ -13,6 +13,7 @@ Toys take images of any size: the shorter side is resized to `pixels`, the other
 rounded to whole patches (bilinear, antialiased).
 """
 
+import fcntl
 import functools
 import hashlib
 import inspect
@@ -21,19 +22,31 @@ import math
 import multiprocessing
 import os
 import queue
+import re
+import shutil
+import sys
+import time
+import warnings
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: see train.py
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote, urlsplit
 
+import numpy as np
+import requests
 import torch
 import torch.nn.functional as F
 import tyro
 from einops import rearrange
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -43,10 +56,17 @@ import prism
 
 # ---------------------------------------------------------------------------------------- the encoder
 
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # OpenAI's CLIP
+    "swiglu": lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],  # fc1 makes both halves
+}
+
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Describe a teacher's ViT."""
+    """Describe a teacher's ViT. The flags cover all families; the defaults are a plain ViT's."""
 
     dim: int = 96  # width of the tokens
     depth: int = 4  # blocks
@@ -56,18 +76,117 @@ class EncoderConfig:
     grid: tuple[int, int] = (8, 8)  # rows and columns of the position table, in patches
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of RGB in [0, 1], subtracted from the input
     std: tuple[float, float, float] = (0.25, 0.25, 0.25)
+    eps: float = 1e-6  # of the LayerNorms
+    activation: str = "gelu"  # one of ACTIVATIONS
+    prefix: int = 0  # tokens before the patches: class token, registers
+    patch_bias: bool = True  # CLIP has none
+    pre_norm: bool = False  # LayerNorm before the blocks: CLIP
+    layer_scale: bool = False  # a learned factor per channel after attention and MLP: DINO
+    antialias: bool = False  # when the position table is resized: DINOv2 with registers
+    rope: float = 0.0  # base of rotary positions instead of the table, 0 = table: DINOv3
+    window: int = 0  # attention within windows of so many patches, with relative positions: SAM
+    global_blocks: tuple[int, ...] = ()  # blocks whose window is the whole image
+
+    def span(self, block: int) -> tuple[int, int]:
+        """Return the rows and columns of patches that a block's relative positions were made for."""
+        return self.grid if block in self.global_blocks else (self.window, self.window)
+
+
+class EncoderBlock(nn.Module):
+    """A pre-norm transformer block with whatever its family adds."""
+
+    def __init__(self, cfg: EncoderConfig, index: int):
+        super().__init__()
+        self.heads, self.activation = cfg.heads, ACTIVATIONS[cfg.activation]
+        self.window = 0 if index in cfg.global_blocks else cfg.window
+        self.norm1 = nn.LayerNorm(cfg.dim, cfg.eps)
+        self.qkv = nn.Linear(cfg.dim, 3 * cfg.dim)
+        self.proj = nn.Linear(cfg.dim, cfg.dim)
+        self.norm2 = nn.LayerNorm(cfg.dim, cfg.eps)
+        self.fc1 = nn.Linear(cfg.dim, cfg.hidden * (2 if cfg.activation == "swiglu" else 1))
+        self.fc2 = nn.Linear(cfg.hidden, cfg.dim)
+        for name, used, shape in (
+            ("scale1", cfg.layer_scale, (cfg.dim,)),
+            ("scale2", cfg.layer_scale, (cfg.dim,)),
+            ("rel_h", cfg.window, (2 * cfg.span(index)[0] - 1, cfg.dim // cfg.heads)),
+            ("rel_w", cfg.window, (2 * cfg.span(index)[1] - 1, cfg.dim // cfg.heads)),
+        ):
+            self.register_parameter(name, nn.Parameter(torch.ones(shape)) if used else None)
+
+    def forward(self, x: Tensor, grid: tuple[int, int] = (0, 0), rope: Tensor | None = None) -> Tensor:
+        """Map tokens (B, N, D); grid: rows and columns of patches, rope (2, N, D / heads), where used."""
+        y = self.norm1(x)
+        y = self.attend_in_windows(y, grid) if self.window else self.attend(y, grid, rope)
+        x = x + (y if self.scale1 is None else self.scale1 * y)
+        y = self.fc2(self.activation(self.fc1(self.norm2(x))))
+        return x + (y if self.scale2 is None else self.scale2 * y)
+
+    def attend(self, x: Tensor, grid: tuple[int, int], rope: Tensor | None) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        bias = None if self.rel_h is None else self.relative_bias(q, grid)
+        x = F.scaled_dot_product_attention(q, k, v, bias)  # (B, heads, N, D / heads)
+        return self.proj(rearrange(x, "b h n d -> b n (h d)"))
+
+    def relative_bias(self, q: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Score each key's row and column offset from the query (SAM); returns (B, heads, N, N)."""
+        q = rearrange(q, "b n (h w) d -> b n h w d", h=grid[0])
+        rows = torch.einsum("bnhwd,hkd->bnhwk", q, relative_table(self.rel_h, grid[0]).to(q.dtype))
+        columns = torch.einsum("bnhwd,wkd->bnhwk", q, relative_table(self.rel_w, grid[1]).to(q.dtype))
+        return (rows.unsqueeze(-1) + columns.unsqueeze(-2)).flatten(4).flatten(2, 3)
+
+    def attend_in_windows(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Attend within squares of patches; those beyond the last row and column are zeros (SAM)."""
+        (h, w), side = grid, self.window
+        x = F.pad(rearrange(x, "b (h w) d -> b h w d", h=h), (0, 0, 0, -w % side, 0, -h % side))
+        rows, columns = x.shape[1] // side, x.shape[2] // side
+        x = rearrange(x, "b (i p) (j q) d -> (b i j) (p q) d", p=side, q=side)
+        x = self.attend(x, (side, side), None)
+        x = rearrange(x, "(b i j) (p q) d -> b (i p) (j q) d", i=rows, j=columns, p=side)
+        return x[:, :h, :w].flatten(1, 2)  # (B, N, D)
+
+
+def relative_table(table: Tensor, side: int) -> Tensor:
+    """Look up offsets -(side-1)..side-1 of all pairs: (2 * S - 1, d) -> (side, side, d), query first."""
+    if len(table) != 2 * side - 1:
+        table = F.interpolate(table.T[None], 2 * side - 1, mode="linear", align_corners=False)[0].T
+    place = torch.arange(side, device=table.device)
+    return table[place[:, None] - place + side - 1]
+
+
+def rotary_table(h: int, w: int, prefix: int, d: int, base: float, device: torch.device) -> Tensor:
+    """Return cosines and sines (2, prefix + h * w, d) of DINOv3's rotary positions.
+
+    A patch centre at (y, x) in [-1, 1] turns the channel pairs (c, c + d / 2) by 2 pi y / base^(4 c / d)
+    for c < d / 4, by 2 pi x / ... for the next quarter; prefix tokens are not turned.
+    """
+    y, x = ((2 * torch.arange(n, device=device) + 1) / n - 1 for n in (h, w))
+    frequency = 2 * math.pi * base ** -(torch.arange(d // 4, device=device) * 4 / d)
+    angles = torch.cartesian_prod(y, x).unsqueeze(-1) * frequency  # (h * w, 2, d / 4)
+    angles = F.pad(angles.flatten(1).tile(2), (0, 0, prefix, 0))  # (prefix + h * w, d)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Turn channel pairs (c, c + d / 2) of queries or keys (B, heads, N, d) by rope (2, N, d)."""
+    a, b = x.chunk(2, -1)
+    return (x * rope[0] + torch.cat([-b, a], -1) * rope[1]).to(x.dtype)
 
 
 class Encoder(nn.Module):
-    """A ViT that returns the output of every block."""
+    """A ViT that returns the outputs of its blocks."""
 
     def __init__(self, cfg: EncoderConfig):
         super().__init__()
         self.cfg = cfg
-        self.patch_embed = nn.Conv2d(3, cfg.dim, cfg.patch, cfg.patch)
-        self.pos_embed = nn.Parameter(torch.empty(1, cfg.dim, *cfg.grid))
-        self.blocks = nn.ModuleList(prism.Block(cfg.dim, cfg.heads, cfg.hidden) for _ in range(cfg.depth))
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.patch_embed = nn.Conv2d(3, cfg.dim, cfg.patch, cfg.patch, bias=cfg.patch_bias)
+        self.prefix = nn.Parameter(torch.zeros(1, cfg.prefix, cfg.dim)) if cfg.prefix else None
+        self.pos_embed = None if cfg.rope else nn.Parameter(torch.empty(1, cfg.dim, *cfg.grid))
+        self.pre_norm = nn.LayerNorm(cfg.dim, cfg.eps) if cfg.pre_norm else nn.Identity()
+        self.blocks = nn.ModuleList(EncoderBlock(cfg, i) for i in range(cfg.depth))
+        if self.pos_embed is not None:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.register_buffer("mean", torch.tensor(cfg.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(cfg.std).view(3, 1, 1), persistent=False)
 
@@ -76,64 +195,603 @@ class Encoder(nn.Module):
         return (images - self.mean) / self.std
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """Turn normalised pixels (B, 3, H, W) into tokens with positions (B, N, D)."""
+        """Turn normalised pixels (B, 3, H, W) into tokens with positions (B, N, D), prefix first."""
         x, pos = self.patch_embed(pixels), self.pos_embed  # (B, D, h, w)
-        if x.shape[-2:] != pos.shape[-2:]:
-            pos = F.interpolate(pos, x.shape[-2:], mode="bicubic", align_corners=False)
-        return rearrange(x + pos, "b d h w -> b (h w) d")
+        if pos is not None and x.shape[-2:] != pos.shape[-2:]:
+            pos = F.interpolate(pos, x.shape[-2:], mode="bicubic", align_corners=False,
+                                antialias=self.cfg.antialias)
+        x = rearrange(x if pos is None else x + pos, "b d h w -> b (h w) d")
+        if self.prefix is not None:
+            x = torch.cat([self.prefix.expand(len(x), -1, -1).to(x.dtype), x], 1)
+        return self.pre_norm(x)
 
-    def run(self, x: Tensor) -> list[Tensor]:
+    def run(self, x: Tensor, grid: tuple[int, int] = (0, 0)) -> list[Tensor]:
         """Map tokens (B, N, D) to the output of every block, (B, N, D) each."""
-        outputs = []
+        cfg, rope, outputs = self.cfg, None, []
+        if cfg.rope:
+            rope = rotary_table(*grid, cfg.prefix, cfg.dim // cfg.heads, cfg.rope, x.device)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, grid, rope)
             outputs.append(x)
         return outputs
 
-    def forward(self, pixels: Tensor) -> list[Tensor]:
-        """Map normalised pixels (B, 3, H, W) to the depth maps of every block, (B, D, h, w) each."""
-        h = pixels.shape[-2] // self.cfg.patch
-        return [rearrange(x, "b (h w) d -> b d h w", h=h) for x in self.run(self.embed(pixels))]
+    def forward(self, pixels: Tensor, keep: Sequence[int] | None = None) -> list[Tensor]:
+        """Map normalised pixels (B, 3, H, W) to depth maps (B, D, h, w) of all blocks, or those to keep."""
+        grid = (pixels.shape[-2] // self.cfg.patch, pixels.shape[-1] // self.cfg.patch)
+        outputs = self.run(self.embed(pixels), grid)
+        return [rearrange(outputs[i][:, self.cfg.prefix :], "b (h w) d -> b d h w", h=grid[0])
+                for i in (range(self.cfg.depth) if keep is None else keep)]
 
 
-class Teacher(nn.Module):
-    """A frozen encoder with its own input size and normalisation."""
+# ------------------------------------------------------------------------------------------- key maps
 
-    def __init__(self, encoder: Encoder, size: int, provenance: dict):
-        super().__init__()
-        self.encoder, self.size = encoder, size
-        self.provenance = {**provenance, "mean": list(encoder.cfg.mean), "std": list(encoder.cfg.std),
-                           "size": size}
-        self.levels = [(k + 1) * encoder.cfg.depth // 4 - 1 for k in range(4)]  # blocks, evenly spaced
-        self.eval().requires_grad_(False)
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+OPENAI = {"mean": (0.48145466, 0.4578275, 0.40821073), "std": (0.26862954, 0.26130258, 0.27577711)}
+HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
-    @property
-    def width(self) -> int:
-        """Channels of the features."""
-        return self.encoder.cfg.dim
 
-    def grid(self, H: int, W: int) -> tuple[int, int]:
-        """Return rows and columns of the features of an image of H x W pixels."""
-        patch, scale = self.encoder.cfg.patch, self.size / min(H, W)
-        return tuple(max(1, round(side * scale / patch)) for side in (H, W))
+class Layout(NamedTuple):
+    """How the files of a family name their weights, and what no shape tells of the family."""
 
-    def prepare(self, images: Tensor) -> Tensor:
-        """Resize and normalise RGB in [0, 1] (B, 3, H, W)."""
-        patch = self.encoder.cfg.patch
-        size = tuple(patch * n for n in self.grid(*images.shape[-2:]))
-        if images.shape[-2:] != size:
-            images = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
-        return self.encoder.normalise(images)
+    family: str
+    mark: str  # a key that only this layout has; the first of LAYOUTS that fits is taken
+    block: str  # what their names of block # begin with
+    names: dict[str, str]  # ours -> theirs; ".x" is within a block, "x y z" are stacked
+    unused: str  # regex of their keys that no level needs
+    flags: dict  # of EncoderConfig, where config.json does not say otherwise
+    prefix: str = ""  # may stand before every name; keys without it then belong to other networks
+    zeros: str = "$^"  # regex of biases that the family does not have
 
-    def blocks(self, pixels: Tensor) -> list[Tensor]:
-        """Return the raw outputs of every block, (B, C, h, w) each, for sized and normalised pixels."""
-        return self.encoder(pixels)
 
-    @torch.no_grad()
-    def features(self, images: Tensor) -> list[Tensor]:
-        """Return 4 levels (B, C, h, w) of images (B, 3, H, W), RGB in [0, 1], of any size."""
-        maps = self.blocks(self.prepare(images))
-        return [maps[i] for i in self.levels]
+VIT = {"cls": "cls_token", "pos": "pos_embed", "patch_embed": "patch_embed.proj",
+       "norm1": ".norm1", "qkv": ".attn.qkv", "proj": ".attn.proj",
+       "norm2": ".norm2", "fc1": ".mlp.fc1", "fc2": ".mlp.fc2"}
+VIT_DINO = VIT | {"scale1": ".ls1.gamma", "scale2": ".ls2.gamma", "registers": "register_tokens"}
+DINOV2 = {"cls": "embeddings.cls_token", "pos": "embeddings.position_embeddings",
+          "registers": "embeddings.register_tokens",
+          "patch_embed": "embeddings.patch_embeddings.projection",
+          "norm1": ".norm1", "scale1": ".layer_scale1.lambda1",
+          "qkv": ".attention.attention.query .attention.attention.key .attention.attention.value",
+          "proj": ".attention.output.dense",
+          "norm2": ".norm2", "scale2": ".layer_scale2.lambda1", "fc1": ".mlp.fc1", "fc2": ".mlp.fc2"}
+SIGLIP = {"pos": "embeddings.position_embedding.weight", "patch_embed": "embeddings.patch_embedding",
+          "norm1": ".layer_norm1", "qkv": ".self_attn.q_proj .self_attn.k_proj .self_attn.v_proj",
+          "proj": ".self_attn.out_proj", "norm2": ".layer_norm2", "fc1": ".mlp.fc1", "fc2": ".mlp.fc2"}
+CLIP_FLAGS = {"eps": 1e-5, "activation": "quick_gelu", "pre_norm": True, "patch_bias": False, **OPENAI}
+DINO_FLAGS = {"layer_scale": True, **IMAGENET}
+TEXT = r"|(text_model|text_projection|visual_projection)\.|logit_scale$|logit_bias$|.*\.position_ids$"
+
+LAYOUTS = [
+    Layout("DINOv3", "layer.0.attention.q_proj.weight", "layer.#", {
+        "cls": "embeddings.cls_token", "registers": "embeddings.register_tokens",
+        "patch_embed": "embeddings.patch_embeddings", "norm1": ".norm1",
+        "scale1": ".layer_scale1.lambda1",
+        "qkv": ".attention.q_proj .attention.k_proj .attention.v_proj", "proj": ".attention.o_proj",
+        "norm2": ".norm2", "scale2": ".layer_scale2.lambda1",
+        "fc1": ".mlp.up_proj", "fc2": ".mlp.down_proj"},
+        r"norm\.|embeddings\.mask_token", DINO_FLAGS | {"eps": 1e-5, "rope": 100.0},
+        zeros=r".*k_proj\.bias"),
+    Layout("DINOv2 giant", "encoder.layer.0.mlp.weights_in.weight", "encoder.layer.#",
+           DINOV2 | {"fc1": ".mlp.weights_in", "fc2": ".mlp.weights_out"},
+           r"layernorm\.|embeddings\.mask_token", DINO_FLAGS),
+    Layout("DINOv2", "encoder.layer.0.layer_scale1.lambda1", "encoder.layer.#", DINOV2,
+           r"layernorm\.|embeddings\.mask_token", DINO_FLAGS),
+    Layout("CLIP", "pre_layrnorm.weight", "encoder.layers.#",  # the typo is theirs
+           SIGLIP | {"cls": "embeddings.class_embedding", "pre_norm": "pre_layrnorm"},
+           r"(vision_model\.)?post_layernorm\." + TEXT, CLIP_FLAGS, "vision_model."),
+    Layout("SigLIP", "embeddings.patch_embedding.bias", "encoder.layers.#", SIGLIP,
+           r"(vision_model\.)?(post_layernorm|head)\." + TEXT,
+           {"activation": "gelu_tanh", **HALF}, "vision_model."),
+    Layout("CLIP (open_clip)", "visual.ln_pre.weight", "visual.transformer.resblocks.#", {
+        "cls": "visual.class_embedding", "pos": "visual.positional_embedding",
+        "patch_embed": "visual.conv1", "pre_norm": "visual.ln_pre", "norm1": ".ln_1",
+        "qkv": ".attn.in_proj_", "proj": ".attn.out_proj",
+        "norm2": ".ln_2", "fc1": ".mlp.c_fc", "fc2": ".mlp.c_proj"},
+        r"visual\.(ln_post\.|proj$)|(transformer|token_embedding|ln_final)\.|positional_embedding$|"
+        r"text_projection$|logit_scale$|(input_resolution|context_length|vocab_size)$", CLIP_FLAGS),
+    Layout("SAM", "layers.0.attn.rel_pos_h", "layers.#", {
+        "pos": "pos_embed", "patch_embed": "patch_embed.projection", "norm1": ".layer_norm1",
+        "qkv": ".attn.qkv", "proj": ".attn.proj", "rel_h": ".attn.rel_pos_h", "rel_w": ".attn.rel_pos_w",
+        "norm2": ".layer_norm2", "fc1": ".mlp.lin1", "fc2": ".mlp.lin2"},
+        r"(vision_encoder\.)?neck\.|(prompt_encoder|mask_decoder|shared_image_embedding)\.",
+        IMAGENET, "vision_encoder."),
+    Layout("SAM (original)", "blocks.0.attn.rel_pos_h", "blocks.#",
+           {k: v for k, v in VIT.items() if k != "cls"} | {
+               "rel_h": ".attn.rel_pos_h", "rel_w": ".attn.rel_pos_w",
+               "fc1": ".mlp.lin1", "fc2": ".mlp.lin2"},
+           r"(image_encoder\.)?neck\.|(prompt_encoder|mask_decoder)\.", IMAGENET, "image_encoder."),
+    Layout("CLIP (timm)", "norm_pre.weight", "blocks.#", VIT | {"pre_norm": "norm_pre"},
+           r"(norm|fc_norm|head)\.", CLIP_FLAGS | {"activation": "gelu"}),
+    Layout("DINOv2 giant (original)", "blocks.0.mlp.w12.weight", "blocks.#",
+           VIT_DINO | {"fc1": ".mlp.w12", "fc2": ".mlp.w3"}, r"(norm|head)\.|mask_token$", DINO_FLAGS),
+    Layout("DINOv2 with registers (timm)", "reg_token", "blocks.#",
+           VIT_DINO | {"registers": "reg_token"}, r"(norm|head)\.|mask_token$", DINO_FLAGS),
+    Layout("DINOv2 (original, timm)", "blocks.0.ls1.gamma", "blocks.#", VIT_DINO,
+           r"(norm|head)\.|mask_token$", DINO_FLAGS),
+    Layout("ViT (timm)", "blocks.0.attn.qkv.weight", "blocks.#", VIT, r"(norm|head)\.", HALF),
+]
+HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 24}  # by width, where no config.json tells
+
+
+class Weights(NamedTuple):
+    """A weights file with what lies beside it."""
+
+    tensors: dict[str, Tensor]
+    hints: dict  # what config.json and its like tell, in EncoderConfig's terms
+    provenance: dict  # where the file is from: plain values for checkpoints
+    path: Path
+
+
+class WeightsFile:
+    """Read a weights file by our names; remember which keys were asked for and which were missing."""
+
+    def __init__(self, weights: Weights):
+        self.file, self.path = weights.tensors, weights.path
+        self.layout = find_layout(self.file, self.path)
+        self.prefix = "" if self.layout.mark in self.file else self.layout.prefix
+        self.used: set[str] = set()
+        self.missing: list[str] = []
+
+    def keys(self, ours: str) -> list[str]:
+        """Translate our key, such as blocks.3.qkv.weight, to the keys that are stacked to make it."""
+        path, dot, leaf = ours.rpartition(".") if ours.endswith((".weight", ".bias")) else (ours, "", "")
+        block, _, name = path.rpartition(".")  # blocks.3, qkv
+        block = self.layout.block.replace("#", block.removeprefix("blocks."))
+        theirs = [block + n if n.startswith(".") else n for n in self.layout.names.get(name, "").split()]
+        return [self.prefix + n + ("" if n.endswith("_") else dot) + leaf for n in theirs]
+
+    def get(self, ours: str, needed: bool = True) -> Tensor | None:
+        """Read a weight in float32; None if the file or the whole family lacks it."""
+        keys = self.keys(ours)
+        there = [k for k in keys if k in self.file]
+        absent = [k for k in keys if k not in self.file and not re.match(self.layout.zeros, k)]
+        self.used.update(there)
+        if absent or not there:
+            self.missing += absent if needed else []
+            return None
+        zeros = torch.zeros_like(self.file[there[0]])
+        return torch.cat([self.file.get(k, zeros) for k in keys]).float()
+
+    def depth(self) -> int:
+        """Count the blocks."""
+        pattern = re.escape(self.prefix + self.layout.block).replace(r"\#", r"(\d+)") + r"\."
+        return len({m[1] for k in self.file if (m := re.match(pattern, k))})
+
+    def check(self, problems: Sequence[str] = ()) -> None:
+        """Raise ValueError that names problems, missing and unexpected keys, and the layouts known."""
+        rest = [k for k in self.file if k not in self.used and not re.match(self.layout.unused, k)]
+        texts = [f"{len(keys)} keys {what} ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})"
+                 for what, keys in (("missing", self.missing), ("unexpected", rest)) if keys]
+        if problems or texts:
+            raise ValueError(f"{self.path} looks like {self.layout.family} but does not fit: "
+                             f"{'; '.join([*problems, *texts])}; layouts known: {layouts_known()}")
+
+
+def layouts_known() -> str:
+    return ", ".join(layout.family for layout in LAYOUTS)
+
+
+def find_layout(keys: Collection[str], path: Path) -> Layout:
+    """Recognise a file by its keys. Raises ValueError with the layouts known."""
+    for layout in LAYOUTS:
+        if layout.mark in keys or layout.prefix + layout.mark in keys:
+            return layout
+    raise ValueError(f"{path} has weights of no known layout (first keys: {', '.join(list(keys)[:3])}); "
+                     f"layouts known: {layouts_known()}")
+
+
+def read_encoder(weights: Weights) -> tuple[Encoder, str]:
+    """Make the encoder that a file describes and fill it strictly; returns it and its family.
+
+    Sizes come from the shapes, the rest from config.json or the family. Raises ValueError.
+    """
+    file, hints = WeightsFile(weights), weights.hints
+    flags = file.layout.flags | {k: v for k, v in hints.items() if k != "registers"}
+    if "pre_norm" in flags and "activation" not in hints:
+        warnings.warn(f"{file.path} has no config.json beside it that tells CLIP's activation: "
+                      f"{flags['activation']} is assumed", stacklevel=3)
+    cls, pos = file.get("cls"), file.get("pos")
+    registers = file.get("registers", needed=hints.get("registers", "rope" in flags))
+    patch, norm, fc1, fc2 = (file.get(f"{name}.weight") for name in (
+        "patch_embed", "blocks.0.norm1", "blocks.0.fc1", "blocks.0.fc2"))
+    if file.missing:
+        file.check()
+    if patch.ndim != 4:
+        file.check([f"patches are embedded by a matrix {tuple(patch.shape)}, not by a convolution"])
+    prefix = [] if cls is None else [cls.reshape(1, 1, -1)]
+    table = None
+    if pos is not None:
+        on_cls, table = split_positions(pos, file)
+        prefix = [token + on_cls for token in prefix]
+    prefix += [] if registers is None else [registers]
+    if len(fc1) == 2 * fc2.shape[1]:
+        flags["activation"] = "swiglu"
+    dim, depth = len(norm), file.depth()
+    offsets = [x for i in range(depth) if (x := file.get(f"blocks.{i}.rel_h")) is not None]
+    if offsets:  # SAM: the blocks that see the whole image have relative positions for all of it
+        sides = [(len(x) + 1) // 2 for x in offsets]
+        flags |= {"window": min(sides), "global_blocks": tuple(
+            i for i, side in enumerate(sides) if side == table.shape[2])}
+    heads = flags.pop("heads", None) or (dim // offsets[0].shape[1] if offsets else HEADS.get(dim))
+    if not heads or dim % heads:
+        file.check([f"{heads or 'an unknown number of'} heads do not divide the width {dim}: a config.json "
+                    "beside the file must give num_attention_heads"])
+    encoder = Encoder(EncoderConfig(
+        dim=dim, depth=depth, heads=heads, hidden=fc2.shape[1], patch=patch.shape[-1],
+        grid=(0, 0) if table is None else tuple(table.shape[2:]),
+        prefix=sum(token.shape[1] for token in prefix),
+        antialias=registers is not None and table is not None, **flags))
+    special = {"prefix": torch.cat(prefix, 1) if prefix else None, "pos_embed": table}
+    state = {k: special[k] if k in special else file.get(k) for k in encoder.state_dict()}
+    wrong = [f"{' + '.join(file.keys(k)) or k} is {tuple(state[k].shape)} instead of {tuple(own.shape)}"
+             for k, own in encoder.state_dict().items()
+             if state[k] is not None and state[k].shape != own.shape]
+    file.check(wrong[:4])
+    encoder.load_state_dict(state)
+    return encoder, file.layout.family
+
+
+def split_positions(pos: Tensor, file: WeightsFile) -> tuple[Tensor | float, Tensor]:
+    """Split a position table into the class token's (1, 1, D) or 0, and the patches' (1, D, h, w)."""
+    if pos.ndim == 4:
+        return 0.0, pos.permute(0, 3, 1, 2)
+    pos = pos.reshape(-1, pos.shape[-1])  # (N, D)
+    side = math.isqrt(len(pos))
+    extra = len(pos) - side * side
+    if extra > 1:
+        file.check([f"{file.keys('pos')[0]} has {len(pos)} rows, with or without a class token no square"])
+    table = rearrange(pos[extra:], "(h w) d -> 1 d h w", h=side)
+    return (pos[None, :1] if extra else 0.0), table
+
+
+# -------------------------------------------------------------------------------------------- sources
+
+
+class Source(NamedTuple):
+    """A teacher that has a short name."""
+
+    repo: str  # on the Hugging Face hub
+    licence: str
+    width: int
+    depth: int
+    patch: int  # side in pixels
+    pixels: int  # side of the images that it was trained on at last
+
+
+SOURCES = {
+    "dinov2-s": Source("facebook/dinov2-small", "Apache-2.0", 384, 12, 14, 518),
+    "dinov2-b": Source("facebook/dinov2-base", "Apache-2.0", 768, 12, 14, 518),
+    "dinov2-l": Source("facebook/dinov2-large", "Apache-2.0", 1024, 24, 14, 518),
+    "dinov2-g": Source("facebook/dinov2-giant", "Apache-2.0", 1536, 40, 14, 518),
+    "dinov2-reg-s": Source("facebook/dinov2-with-registers-small", "Apache-2.0", 384, 12, 14, 518),
+    "dinov2-reg-b": Source("facebook/dinov2-with-registers-base", "Apache-2.0", 768, 12, 14, 518),
+    "dinov2-reg-l": Source("facebook/dinov2-with-registers-large", "Apache-2.0", 1024, 24, 14, 518),
+    "dinov2-reg-g": Source("facebook/dinov2-with-registers-giant", "Apache-2.0", 1536, 40, 14, 518),
+    "clip-b": Source("openai/clip-vit-base-patch16", "MIT", 768, 12, 16, 224),
+    "clip-l": Source("openai/clip-vit-large-patch14", "MIT", 1024, 24, 14, 224),
+    "clip-l-336": Source("openai/clip-vit-large-patch14-336", "MIT", 1024, 24, 14, 336),
+    "clip-laion-b": Source("timm/vit_base_patch16_clip_384.laion2b_ft_in12k_in1k", "Apache-2.0",
+                           768, 12, 16, 384),
+    "clip-laion-l": Source("timm/vit_large_patch14_clip_336.laion2b_ft_in12k_in1k", "Apache-2.0",
+                           1024, 24, 14, 336),
+    "sam-b": Source("facebook/sam-vit-base", "Apache-2.0", 768, 12, 16, 1024),
+    "sam-l": Source("facebook/sam-vit-large", "Apache-2.0", 1024, 24, 16, 1024),
+    "sam-h": Source("facebook/sam-vit-huge", "Apache-2.0", 1280, 32, 16, 1024),
+    "siglip2-b": Source("google/siglip2-base-patch16-384", "Apache-2.0", 768, 12, 16, 384),
+    "siglip2-l": Source("google/siglip2-large-patch16-384", "Apache-2.0", 1024, 24, 16, 384),
+    "siglip2-so400m": Source("google/siglip2-so400m-patch16-384", "Apache-2.0", 1152, 27, 16, 384),
+    "dinov3-s": Source("facebook/dinov3-vits16-pretrain-lvd1689m", "DINOv3 (gated)", 384, 12, 16, 256),
+    "dinov3-b": Source("facebook/dinov3-vitb16-pretrain-lvd1689m", "DINOv3 (gated)", 768, 12, 16, 256),
+    "dinov3-l": Source("facebook/dinov3-vitl16-pretrain-lvd1689m", "DINOv3 (gated)", 1024, 24, 16, 256),
+    "augreg-s": Source("timm/vit_small_patch16_384.augreg_in21k_ft_in1k", "Apache-2.0", 384, 12, 16, 384),
+    "augreg-b": Source("timm/vit_base_patch16_384.augreg_in21k_ft_in1k", "Apache-2.0", 768, 12, 16, 384),
+    "augreg-l": Source("timm/vit_large_patch16_384.augreg_in21k_ft_in1k", "Apache-2.0", 1024, 24, 16, 384),
+}
+
+
+REPO = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")  # owner/name@revision
+
+
+def check_source(source: str) -> None:
+    """Raise ValueError for a source that cannot be one, before anything is fetched or raised."""
+    if source not in TOYS and source not in SOURCES and not Path(source).expanduser().exists() \
+            and not REPO.fullmatch(source):
+        raise ValueError(f"unknown teacher {source}: no such name, file or folder; names are "
+                         f"{', '.join((*TOYS, *SOURCES))}; or give a hub repo as owner/name@revision")
+
+
+def read_source(source: str, sha256: str | None = None) -> Weights:
+    """Find a weights file, fetch it if need be, and read it with the configs beside it.
+
+    source: short name, hub repo id owner/name@revision, folder, or file; sha256: what the weights file
+    must have. Raises ValueError or OSError.
+    """
+    check_source(source)
+    path, repo = Path(source).expanduser(), None
+    if source in SOURCES or not path.exists():
+        repo = SOURCES[source].repo if source in SOURCES else source
+        repo, revision = REPO.fullmatch(repo).groups()
+        path = fetch_repo(repo, revision or "main", sha256)
+    if path.is_dir():
+        there = [path / name for name in WEIGHTS if (path / name).is_file()]
+        if not there:
+            raise ValueError(f"{path} has no weights; put {' or '.join(WEIGHTS)} there")
+        path = there[0]
+    with open(path, "rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    record = read_json(path.parent / "source.json")
+    expected = sha256 or (record.get("sha256") if record.get("file") == path.name else None)
+    if expected not in (None, digest):
+        raise ValueError(f"{path} has sha256 {digest} instead of {expected}; delete it and fetch it again")
+    known = {s.repo: s.licence for s in SOURCES.values()}
+    provenance = {"source": repo or Path(source).name, "commit": record.get("commit"), "file": path.name,
+                  "sha256": digest, "licence": known.get(repo, "not stated")}
+    return Weights(read_tensors(path), read_hints(path.parent), provenance, path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read safetensors, or a pickle of plain weights. Raises ValueError."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # both libraries raise many kinds
+        raise ValueError(f"{path} cannot be read as weights ({prism.one_line(error)}); it is damaged or "
+                         "holds more than weights: delete it and fetch it again") from error
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise ValueError(f"{path} is no table of weights by name; name a file of weights alone")
+    return content
+
+
+def read_json(path: Path) -> dict:
+    """Read a JSON object; {} if there is no such file. Raises ValueError for any other content."""
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}); fetch it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object; fetch it again")
+    return content
+
+
+def read_hints(folder: Path) -> dict:
+    """Collect from config.json and its like what shapes do not tell, in EncoderConfig's terms."""
+    config, preprocessor, clip = (read_json(folder / name) for name in SIDECARS)
+    vision = config.get("vision_config", config)
+    terms = {"num_attention_heads": "heads", "layer_norm_eps": "eps", "rope_theta": "rope",
+             "num_register_tokens": "registers", "hidden_act": "activation"}
+    hints = {ours: vision[theirs] for theirs, ours in terms.items() if theirs in vision}
+    if str(config.get("model_type")).startswith("clip"):
+        hints.setdefault("activation", "quick_gelu")  # what transformers takes where a config is silent
+    timm = config.get("pretrained_cfg", {})
+    if "architecture" in config:  # timm; its first configs of OpenAI's CLIP said nothing of QuickGELU
+        quick = "quickgelu" in config["architecture"] or timm.get("tag") == "openai"
+        hints["activation"] = "quick_gelu" if quick else "gelu"
+    if clip:
+        hints["activation"] = "quick_gelu" if clip.get("model_cfg", {}).get("quick_gelu") else "gelu"
+    if "activation" in hints:
+        hints["activation"] = {"gelu_pytorch_tanh": "gelu_tanh"}.get(hints["activation"], hints["activation"])
+        if hints["activation"] not in ACTIVATIONS:
+            raise ValueError(f"{folder} has a config with activation {hints['activation']}; "
+                             f"known are {', '.join(ACTIVATIONS)}")
+    for table, start in ((preprocessor, "image_"), (timm, ""), (clip.get("preprocess_cfg", {}), "")):
+        if start + "mean" in table and start + "std" in table:
+            return hints | {k: tuple(table[start + k]) for k in ("mean", "std")}
+    return hints
+
+
+# ------------------------------------------------------------------------------------------ download
+
+SIDECARS = ("config.json", "preprocessor_config.json", "open_clip_config.json")
+WEIGHTS = ("model.safetensors", "pytorch_model.bin",  # the first that the repo has
+           "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+TIMEOUT = (10, 60)  # seconds: to connect, and between two reads
+RETRIES, PAUSE = 5, 1.0  # in a row without a new byte; seconds before the first, then twice as many
+CHUNK = 2**16  # bytes; a line that breaks loses less than one
+BROKEN = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
+
+
+def fetch_repo(repo: str, revision: str = "main", sha256: str | None = None) -> Path:
+    """Return the cache folder of a hub repo with its weights and configs, downloading what is missing.
+
+    sha256: of the weights, checked as they are downloaded. A folder that has one of WEIGHTS is taken as
+    it is, so that it may be filled by hand. Raises FileNotFoundError, and as `download` does.
+    """
+    folder = repo_folder(repo, revision)
+    if not has_weights(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with folder.with_name(f"{folder.name}.lock").open("a") as lock:  # ends with us, kill -9 or not
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for another process that downloads into {folder}", flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if not has_weights(folder):
+                fill(folder, repo, revision, sha256)
+    return folder
+
+
+def repo_folder(repo: str, revision: str = "main") -> Path:
+    """Return where the cache keeps a hub repo."""
+    return data.cache_folder() / "hub" / repo.replace("/", "--") / revision.replace("/", "--")
+
+
+def has_weights(folder: Path) -> bool:
+    """Tell whether a repo's folder is complete: its weights come last."""
+    return any((folder / name).exists() for name in WEIGHTS)
+
+
+def fill(folder: Path, repo: str, revision: str, sha256: str | None) -> None:
+    """Download a repo's configs, then its weights; source.json says where those are from."""
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    base = f"{endpoint}/{repo}/resolve/{quote(revision, safe='')}"
+    known = [(folder / name).exists() or download(f"{base}/{name}", folder / name) for name in SIDECARS]
+    for name in WEIGHTS:
+        part = folder / f"{name}.part"
+        if facts := complete(f"{base}/{name}", part, sha256):
+            source = {"repo": repo, "revision": revision, **facts, "file": name, "url": f"{base}/{name}"}
+            (folder / "source.part").write_text(json.dumps(source, indent=1) + "\n")
+            os.replace(folder / "source.part", folder / "source.json")
+            os.replace(part, folder / name)
+            return
+    raise FileNotFoundError(f"{repo} at {revision} has none of {', '.join(WEIGHTS)}" + (
+        ": choose a repo that has (shards are not read)" if any(known) else
+        ", nor a config: check its name and the revision"))
+
+
+def download(url: str, path: Path, sha256: str | None = None) -> dict | None:
+    """Fetch one file: resumable, verified, atomic. Returns {"commit", "sha256"}, or None for a 404.
+
+    Raises PermissionError (gated), ConnectionError (offline, or gave up: what has come is kept), OSError
+    (no space, other answers), ValueError (wrong content).
+    """
+    part = path.with_name(f"{path.name}.part")
+    facts = complete(url, part, sha256)
+    if facts:
+        os.replace(part, path)
+    return facts
+
+
+def complete(url: str, part: Path, sha256: str | None) -> dict | None:
+    """Make `part` whole and verify it; returns and raises as `download` does."""
+    part.parent.mkdir(parents=True, exist_ok=True)
+    earlier, most, failures = part.exists(), 0, 0
+    while True:
+        try:
+            stated = transfer(url, part)
+        except BROKEN as error:
+            if not failures and error.request and not isinstance(error, requests.ReadTimeout):
+                raise ConnectionError(  # no answer to the very first request
+                    f"no connection to {urlsplit(url).netloc} ({type(error).__name__}): on a connected "
+                    f"machine download {url.rpartition('/')[0]}/{WEIGHTS[0]} and {SIDECARS[0]}, and put "
+                    f"both into {part.parent}") from error
+            size = part.stat().st_size if part.exists() else 0
+            failures = 1 if size > most else failures + 1
+            most = max(most, size)
+            if failures > RETRIES:
+                raise ConnectionError(f"gave up on {url} ({prism.one_line(error)}); {size / 1e6:.1f} MB are "
+                                      "kept, and the same command goes on from there") from error
+            time.sleep(PAUSE * 2 ** (failures - 1))
+            continue
+        if stated is None:
+            return None
+        needed = stated | ({"sha256": sha256.lower()} if sha256 else {})
+        found = {kind: fingerprint(part, kind) for kind in ("bytes", "git sha1", "sha256")
+                 if kind == "sha256" or needed.get(kind)}
+        wrong = [kind for kind in found if needed.get(kind, found[kind]) != found[kind]]
+        if not wrong:
+            return {"commit": stated["commit"], "sha256": found["sha256"]}
+        part.unlink()
+        if not earlier:
+            raise ValueError(f"{url} came with {wrong[0]} {found[wrong[0]]}, needed {needed[wrong[0]]}: "
+                             "run again, or check the address and the checksum")
+        earlier = False  # a part from an earlier run may have been another file's: start over, once
+
+
+def fingerprint(path: Path, kind: str) -> int | str:
+    """Return a file's length ("bytes"), or hex digits ("sha256", or "git sha1": of a blob)."""
+    size = path.stat().st_size
+    if kind == "bytes":
+        return size
+    digest = hashlib.sha256() if kind == "sha256" else hashlib.sha1(b"blob %d\0" % size)
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: digest).hexdigest()
+
+
+def transfer(url: str, part: Path) -> dict | None:
+    """Add to `part` what it lacks; returns what the hub states (see `read_headers`), None for a 404."""
+    have = part.stat().st_size if part.exists() else 0
+    headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
+    if token := os.environ.get("HF_TOKEN"):
+        headers["Authorization"] = f"Bearer {token}"
+    # auth: without one, requests replaces the token if ~/.netrc knows the host
+    with requests.get(url, headers=headers, auth=lambda request: request, stream=True,
+                      timeout=TIMEOUT) as response:
+        status = response.status_code
+        if status == 404:
+            return None
+        check_status(response, url)
+        stated = read_headers(response, url)
+        size = stated["bytes"]
+        if status == 200:
+            have = 0
+        elif not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            part.unlink(missing_ok=True)
+            raise requests.ConnectionError(f"the server has no bytes from {have} on")  # 416, usually
+        lacks, free = (size or 0) - have, shutil.disk_usage(part.parent).free
+        if lacks > free:
+            raise OSError(f"{url} needs {lacks / 2**30:.2f} GiB, {part.parent} has {free / 2**30:.2f} GiB "
+                          "free: make room, or set PRISM_CACHE to a folder on another disk")
+        with part.open("ab" if have else "wb") as file:
+            for chunk in track_bytes(response.iter_content(CHUNK), part.stem, size, have):
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+    if part.stat().st_size < (size or 0):  # urllib3 1 says nothing of it
+        raise requests.ConnectionError(f"the line ended before byte {size}")
+    return stated
+
+
+def check_status(response: requests.Response, url: str) -> None:
+    """Raise for an answer that has no file; for a 5xx what makes `complete` try again."""
+    status, page = response.status_code, url.partition("/resolve/")[0]
+    if status in (401, 403):
+        step = ("the token in HF_TOKEN has no access; accept the licence there with its account"
+                if os.environ.get("HF_TOKEN") else
+                "accept its licence there, then set HF_TOKEN to a token of yours")
+        raise PermissionError(f"{page} is gated or does not exist ({status}): {step}; or check the name")
+    if status >= 500:
+        raise requests.ConnectionError(f"the server answered {status}")
+    if status not in (200, 206, 416):
+        raise OSError(f"{url} answered {status} {response.reason}: try later, or check HF_ENDPOINT")
+
+
+def read_headers(response: requests.Response, url: str) -> dict:
+    """Return what the hub states of a file: "bytes" and "commit" (or None), "sha256" or "git sha1" if any."""
+    answers = [*response.history, response]
+
+    def first(name, among=answers):
+        return next((answer.headers[name] for answer in among if name in answer.headers), "")
+
+    length = "Content-Length" if response.status_code == 200 else "Content-Range"
+    size = first("X-Linked-Size") or response.headers.get(length, "").rpartition("/")[2]
+    own = [answer for answer in answers if urlsplit(answer.url).netloc == urlsplit(url).netloc]
+    etag = first("X-Linked-Etag") or first("ETag", own)  # a store behind the hub means something else by it
+    stated = {"bytes": int(size) if size.isdigit() else None, "commit": first("X-Repo-Commit") or None}
+    if digits := re.fullmatch(r'(?:w/)?"?([0-9a-f]{64}|[0-9a-f]{40})"?', etag.lower()):
+        stated["sha256" if len(digits[1]) == 64 else "git sha1"] = digits[1]
+    return stated
+
+
+def track_bytes(chunks: Iterable[bytes], what: str, total: int | None, done: int) -> Iterator[bytes]:
+    """Pass on chunks under a bar of bytes; without a terminal, plain lines. Below 1 MB: nothing."""
+    terminal, quiet = sys.stdout.isatty(), (total or 0) < 1e6
+    columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+               TimeRemainingColumn())
+    start, begin = done, time.perf_counter()
+    shown = begin
+
+    def say():
+        if not (quiet or terminal):
+            rate = (done - start) / 1e6 / (time.perf_counter() - begin)
+            print(f"{what}: {done / 1e6:.0f}/{total / 1e6:.0f} MB, {rate:.1f} MB/s", flush=True)
+
+    with Progress(*columns, disable=quiet or not terminal) as bar:
+        task = bar.add_task(what, total=total, completed=done)
+        say()
+        for chunk in chunks:
+            yield chunk
+            done += len(chunk)
+            bar.update(task, completed=done)
+            if time.perf_counter() - shown > 10:
+                shown = time.perf_counter()
+                say()
+        say()
 
 
 # ---------------------------------------------------------------------------------- toys: what they see
@@ -395,7 +1053,7 @@ def shuffled(count: int, toy: Toy) -> Iterator[Tensor]:
 def toy_key(name: str, toy: Toy) -> str:
     """Hash all that decides a toy's weights: settings, world, and the code that raises it."""
     code = Path(__file__).read_text().partition("- toys: what they see")[2].partition("- toys: the cache")[0]
-    parts = [Encoder, prism.Attention, prism.MLP, prism.Block]
+    parts = [Encoder, EncoderBlock, prism.Attention, prism.MLP, prism.Block]
     settings = {**toy._asdict(), "objective": toy.objective.__name__, "encoder": asdict(toy.encoder)}
     text = json.dumps([name, settings, data.world_key(data.WorldSettings()), code,
                        *map(inspect.getsource, parts)])
@@ -490,36 +1148,124 @@ def read_weights(path: Path, encoder: Encoder) -> None:
 # ------------------------------------------------------------------------------------------ teachers
 
 
-def check_names(names: Sequence[str]) -> None:
-    """Raise ValueError for a teacher that is not known."""
-    if unknown := [name for name in names if name not in TOYS]:
-        raise ValueError(f"unknown teacher {', '.join(unknown)}; known are {', '.join(TOYS)}")
+class Teacher(nn.Module):
+    """A frozen encoder with its own input size and normalisation.
 
-
-def load_teacher(source: str, size: int | None = None, device: str | torch.device = "cpu") -> Teacher:
-    """Load a frozen teacher by name; a toy that is not in the cache is raised first (half a minute).
-
-    size: input pixels of the shorter side (default: the teacher's own). Raises ValueError.
+    size: input pixels of the longest side for SAM (default: what it was trained at; less is an
+    approximation), else of the shorter side (default: the image's own). Raises ValueError.
     """
-    check_names([source])
-    cfg = TOYS[source].encoder
-    size = cfg.grid[0] * cfg.patch if size is None else size
-    if size <= 0 or size % cfg.patch:
-        low = max(size // cfg.patch, 1) * cfg.patch
-        raise ValueError(f"size {size} of {source} is not a multiple of its patch {cfg.patch}; "
-                         f"use {low} or {low + cfg.patch}")
-    raise_missing([source], device)
-    encoder, provenance = load_toy(source)
+
+    def __init__(self, encoder: Encoder, size: int | None, provenance: dict):
+        super().__init__()
+        cfg, patch = encoder.cfg, encoder.cfg.patch
+        self.pads = cfg.window > 0  # SAM: the image lies in the upper left of a square
+        native = max(cfg.grid) * patch if self.pads else None
+        if size is not None and (size <= 0 or size % patch):
+            low = max(size // patch, 1) * patch
+            raise ValueError(f"teacher size {size} is not a multiple of its patch {patch}; "
+                             f"use {low} or {low + patch}")
+        self.encoder, self.size = encoder, size or native
+        self.provenance = {**provenance, "mean": list(cfg.mean), "std": list(cfg.std),
+                           "size": self.size or "the image's own"}
+        if self.pads and self.size != native:
+            self.provenance["approximation"] = f"longest side {size} px instead of {native}"
+        self.levels = [(k + 1) * cfg.depth // 4 - 1 for k in range(4)]  # blocks, evenly spaced
+        self.eval().requires_grad_(False)
+
+    @property
+    def width(self) -> int:
+        """Channels of the features."""
+        return self.encoder.cfg.dim
+
+    def resized(self, H: int, W: int) -> tuple[int, int]:
+        """Return height and width in pixels to which an image of H x W is resized."""
+        patch = self.encoder.cfg.patch
+        if self.pads:
+            return tuple(max(1, int(side * self.size / max(H, W) + 0.5)) for side in (H, W))
+        scale = self.size / min(H, W) if self.size else 1
+        return tuple(patch * max(1, round(side * scale / patch)) for side in (H, W))
+
+    def grid(self, H: int, W: int) -> tuple[int, int]:
+        """Return rows and columns of the features of an image of H x W pixels."""
+        return tuple(max(1, round(side / self.encoder.cfg.patch)) for side in self.resized(H, W))
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Resize RGB in [0, 1] (B, 3, H, W) by the teacher's rule, normalise, then pad (SAM)."""
+        size = self.resized(*images.shape[-2:])
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size, mode="bilinear", align_corners=False, antialias=True)
+        pixels = self.encoder.normalise(images)
+        return F.pad(pixels, (0, self.size - size[1], 0, self.size - size[0])) if self.pads else pixels
+
+    def blocks(self, pixels: Tensor) -> list[Tensor]:
+        """Return the raw outputs of every block, (B, C, h, w) each, for sized and normalised pixels."""
+        return self.encoder(pixels)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Return 4 levels (B, C, h, w) of images (B, 3, H, W), RGB in [0, 1], of any size.
+
+        What lies over SAM's padding is cut off, to the nearest whole patch.
+        """
+        rows, columns = self.grid(*images.shape[-2:])
+        return [m[..., :rows, :columns] for m in self.encoder(self.prepare(images), self.levels)]
+
+
+def load_teacher(source: str, size: int | None = None, device: str | torch.device = "cpu",
+                 sha256: str | None = None) -> Teacher:
+    """Load a frozen teacher; what is not in the cache is fetched, a toy is raised (half a minute).
+
+    source: a short name (`python teachers.py` lists them), a hub repo id, a folder with config.json and
+    weights, or a weights file. size: see Teacher (toys: 64). sha256: what the weights file must have.
+    Raises ValueError or OSError.
+    """
+    if source in TOYS:
+        raise_missing([source], device)
+        encoder, provenance = load_toy(source)
+        size = size or encoder.cfg.grid[0] * encoder.cfg.patch
+    else:
+        weights = read_source(source, sha256)
+        encoder, family = read_encoder(weights)
+        provenance = {"kind": family, **weights.provenance}
     return Teacher(encoder, size, provenance).to(device)
 
 
-class Teachers:
-    """All teachers of a run; each sees only its own images of a batch."""
+def split_name(teacher: str) -> tuple[str, str]:
+    """Split name=source; without a name, it is the short name, or made of the source's last part."""
+    if match := re.fullmatch(r"([\w-]+)=(.+)", teacher):
+        return match[1], match[2]
+    return re.sub(r"[^\w-]+", "-", teacher.rstrip("/").rpartition("/")[2]), teacher
 
-    def __init__(self, names: Sequence[str], device: str | torch.device = "cpu", compile: bool = False):
+
+def check_names(teachers: Sequence[str]) -> None:
+    """Raise ValueError for teachers that are not known or share a name."""
+    names = [split_name(teacher)[0] for teacher in teachers]
+    if len(set(names)) < len(names) or not names:
+        raise ValueError(f"teachers {' '.join(teachers) or '(none)'}; name each once, at least one "
+                         "(two that share a name: other=SOURCE)")
+    for teacher in teachers:
+        check_source(split_name(teacher)[1])
+
+
+class Teachers:
+    """All teachers of a run; each sees only its own images of a batch.
+
+    names: sources as for load_teacher, or name=source. sam_size: longest side in pixels that SAM gets.
+    """
+
+    def __init__(self, names: Sequence[str], device: str | torch.device = "cpu", compile: bool = False,
+                 sam_size: int | None = None):
         check_names(names)
-        raise_missing(names, device)
-        self.members = {name: load_teacher(name, device=device) for name in names}
+        sources = dict(split_name(name) for name in names)
+        raise_missing([source for source in sources.values() if source in TOYS], device)
+        self.members = {name: load_teacher(source, device=device) for name, source in sources.items()}
+        if sam_size is not None:
+            sams = {name: teacher for name, teacher in self.members.items() if teacher.pads}
+            if not sams:
+                raise ValueError(f"--sam-size {sam_size}, but no teacher of {' '.join(names)} is a SAM; "
+                                 "leave it out")
+            for name, teacher in sams.items():
+                self.members[name] = Teacher(teacher.encoder, sam_size, teacher.provenance).to(device)
         self.widths = {name: teacher.width for name, teacher in self.members.items()}
         self.provenance = {name: teacher.provenance for name, teacher in self.members.items()}
         for teacher in self.members.values() if compile else ():
@@ -543,25 +1289,131 @@ class Teachers:
         return targets
 
 
+def describe(provenance: dict) -> str:
+    """Say in one line where a teacher is from and what it is given."""
+    keys = ("kind", "source", "objective", "commit", "sha256", "settings", "licence", "approximation", "size")
+    short = provenance | {k: provenance[k][:12] for k in ("commit", "sha256") if provenance.get(k)}
+    return ", ".join(f"{k} {short[k]}" for k in keys if short.get(k) is not None)
+
+
+# ------------------------------------------------------------------------------------------ pictures
+
+
+def pca_picture(level: Tensor) -> tuple[np.ndarray, float]:
+    """Show a map (C, h, w) by its three strongest directions of change as red, green and blue.
+
+    Returns uint8 (h, w, 3), each colour stretched from the 2nd to the 98th percentile, and the share of
+    the variance that the three hold. Signs are fixed: the largest weight of a direction is positive.
+    """
+    x = level.flatten(1).T.double()  # (h * w, C)
+    x = x - x.mean(0)
+    _, strength, directions = torch.linalg.svd(x, full_matrices=False)  # (r,), (r, C)
+    directions = F.pad(directions, (0, 0, 0, max(0, 3 - len(directions))))[:3]
+    largest = directions.abs().argmax(1, keepdim=True)
+    y = x @ (directions * directions.gather(1, largest).sign()).T  # (h * w, 3)
+    low, high = (torch.quantile(y, share, dim=0) for share in (0.02, 0.98))
+    y = ((y - low) / (high - low).clamp(min=1e-9)).clamp(0, 1)
+    share = strength[:3].square().sum() / strength.square().sum().clamp(min=1e-30)
+    return (255 * y).round().byte().view(*level.shape[1:], 3).numpy(), share.item()
+
+
+def draw_features(photos: dict[str, np.ndarray], members: dict[str, Teacher], cell: int = 256) -> Image.Image:
+    """Draw per photo and teacher a row: the photo, then its four levels, see `pca_picture`."""
+    rows = [(name, photo, who) for name, photo in photos.items() for who in members]
+    heights = [round(cell * photo.shape[0] / photo.shape[1]) for _, photo, _ in rows]
+    sheet = Image.new("RGB", (5 * (cell + 8) + 8, sum(heights) + 52 * len(rows) + 8), "white")
+    pen, font, top = ImageDraw.Draw(sheet), ImageFont.load_default(15), 8
+    for (name, photo, who), height in zip(rows, heights, strict=True):
+        teacher = members[who]
+        image = torch.from_numpy(photo).permute(2, 0, 1)[None].float() / 255
+        levels = teacher.features(image.to(teacher.encoder.mean.device))
+        h, w = levels[0].shape[-2:]
+        pen.text((8, top), f"{name} as {who} sees it: {h} x {w} patches of {teacher.width} channels; red, "
+                 "green and blue are the three main components of each level", "black", font)
+        cells = [(f"{photo.shape[1]} x {photo.shape[0]} pixels", photo)]
+        for block, level in zip(teacher.levels, levels, strict=True):
+            picture, share = pca_picture(level[0].float().cpu())
+            of = teacher.encoder.cfg.depth
+            cells.append((f"block {block + 1} of {of}: {100 * share:.0f} % of the variance", picture))
+        for column, (title, picture) in enumerate(cells):
+            x = 8 + column * (cell + 8)
+            pen.text((x, top + 22), title, (90, 90, 90), font)
+            how = Image.Resampling.NEAREST if column else Image.Resampling.LANCZOS
+            sheet.paste(Image.fromarray(picture).resize((cell, height), how), (x, top + 42))
+        top += height + 52
+    return sheet
+
+
 # ------------------------------------------------------------------------------------------------ main
 
 
 @dataclass
 class Args:
-    """Print what linear probes read off each teacher, beside an untrained one of the same shape."""
+    """List the teachers; or fetch some and show what they see in photos."""
 
-    device: str = "cpu"  # where toys that are not in the cache are raised: cpu, cuda
+    names: tyro.conf.Positional[tuple[str, ...]] = ()  # short names, hub repos, folders or weights files
+    image: tuple[Path, ...] = ()  # photos whose levels are drawn into OUT_DIR/features.png
+    size: int | None = None  # input pixels: longest side for SAM, else the shorter one
+    sha256: str | None = None  # what the weights file of the one teacher named must have
+    probe: bool = False  # print what linear probes read off the toys, beside an untrained one
+    out_dir: Path = Path("out")  # for the picture
+    device: str | None = None  # default: cuda if there is one, else cpu
     debug: bool = False  # full traceback on errors
 
 
 def main(args: Args) -> None:
-    """Raise what is not in the cache, print the table."""
+    """Do what the arguments ask for, the list if nothing."""
+    if (args.image or args.sha256) and not args.names:
+        raise ValueError("--image and --sha256 need a teacher; name one, such as dinov2-b")
+    if args.sha256 and len(args.names) > 1:
+        raise ValueError(f"one --sha256 for {len(args.names)} teachers; name one")
+    device = prism.choose_device(args.device)
+    photos = {path.name: data.read_photo(path) for path in args.image}
+    members = {}
+    for source in args.names:
+        members[source] = load_teacher(source, args.size, device, args.sha256)
+        print(f"{source}: {describe(members[source].provenance)}", flush=True)
+    if photos:
+        args.out_dir.mkdir(parents=True, exist_ok=True)
+        draw_features(photos, members).save(args.out_dir / "features.png")
+        print(f"{args.out_dir / 'features.png'}: {len(photos)} photos, {len(members)} teachers")
+    if args.probe:
+        probe_toys(device)
+    elif not args.names:
+        list_teachers()
+
+
+def list_teachers() -> None:
+    """Print names, sources, sizes, licences, and what the cache holds."""
+    table = Table("name", "weights", "width x depth", "M", "patch", "pixels", "licence", "cached",
+                  title=f"teachers; cache: {data.cache_folder()}")
+    for name, toy in TOYS.items():
+        cfg, path = toy.encoder, toy_path(name)
+        table.add_row(name, f"raised here: {toy.objective.__name__}", f"{cfg.dim} x {cfg.depth}", "0.3",
+                      str(cfg.patch), str(cfg.patch * cfg.grid[0]), "MIT", megabytes([path]))
+    for name, s in SOURCES.items():
+        files = [repo_folder(s.repo) / file for file in WEIGHTS]
+        table.add_row(name, s.repo, f"{s.width} x {s.depth}", f"{12e-6 * s.width**2 * s.depth:.0f}",
+                      str(s.patch), str(s.pixels), s.licence, megabytes(files))
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    console.print(table)
+    print("M: millions of weights in the blocks. Any hub repo, folder or file of these layouts works, too: "
+          f"{layouts_known()}")
+
+
+def megabytes(paths: Sequence[Path]) -> str:
+    """Add up the sizes of the files that exist."""
+    total = sum(path.stat().st_size for path in paths if path.exists())
+    return f"{total / 1e6:.1f} MB" if total else ""
+
+
+def probe_toys(device: torch.device) -> None:
+    """Print what linear probes read off each toy, beside an untrained one of the same shape."""
     import eval  # here alone: a module that train.py needs must not need eval.py
 
     root = data.render_world()
-    raise_missing(list(TOYS), args.device)
-    members = {"untrained": untrained()}
-    members |= {name: load_teacher(name, device=args.device).cpu() for name in TOYS}
+    raise_missing(list(TOYS), device)
+    members = {"untrained": untrained()} | {name: load_teacher(name) for name in TOYS}
     features = {name: teacher.features for name, teacher in members.items()}
     eval.probe_table(features, data.World(root, "probe"), data.World(root, "val"))
 

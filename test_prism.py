@@ -6,13 +6,23 @@ test would catch.
 """
 
 import colorsys
+import fcntl
+import hashlib
 import json
 import math
 import os
+import random
 import re
+import shutil
+import signal
 import socket
+import subprocess
 import sys
+import tempfile
+import threading
+import time
 from dataclasses import asdict, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +31,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
 from scipy import ndimage
 from scipy.io import loadmat, savemat
 
@@ -400,7 +411,7 @@ def test_learning_rates():
 class FakeTeachers:
     """Three fixed random teachers, so that tests of training need not raise any."""
 
-    def __init__(self, names, device, compile=False):
+    def __init__(self, names, device, compile=False, sam_size=None):
         self.widths = dict.fromkeys(names, 8)
         self.provenance = {name: {"kind": "fake"} for name in names}
         self.generators = {name: i for i, name in enumerate(names)}
@@ -819,6 +830,834 @@ def test_probe_reads_what_is_there_and_no_more(small_world):
     good = scoring.probe(told, world, world)["depth"]
     blind = scoring.probe(lambda images: [torch.zeros(len(images), 4, 4, 4)] * 4, world, world)["depth"]
     assert good < 0.5 * blind
+
+
+# --------------------------------------------------------------------------------------- real teachers
+# Tiny models of every family, stated twice: here by the keys and shapes of a file, in teachers.py by a
+# layout. Weights and pixels come from a formula, so that the numbers which the families' own code gives
+# (transformers 5.23, timm 1.0.31) can be stored here, and checked where neither is installed.
+# linear: weight of that shape, and bias; norm: weight and bias; bare: itself. # stands for blocks 0 to 3.
+
+DINOV2 = """
+    bare embeddings.cls_token 1 1 16; bare embeddings.mask_token 1 16;
+    bare embeddings.position_embeddings 1 17 16; linear embeddings.patch_embeddings.projection 16 3 4 4;
+    norm encoder.layer.#.norm1 16; linear encoder.layer.#.attention.attention.query 16 16;
+    linear encoder.layer.#.attention.attention.key 16 16;
+    linear encoder.layer.#.attention.attention.value 16 16;
+    linear encoder.layer.#.attention.output.dense 16 16; bare encoder.layer.#.layer_scale1.lambda1 16;
+    norm encoder.layer.#.norm2 16; linear encoder.layer.#.mlp.fc1 32 16;
+    linear encoder.layer.#.mlp.fc2 16 32; bare encoder.layer.#.layer_scale2.lambda1 16; norm layernorm 16"""
+SIGLIP = """
+    bare embeddings.position_embedding.weight 16 16; linear embeddings.patch_embedding 16 3 4 4;
+    norm encoder.layers.#.layer_norm1 16; linear encoder.layers.#.self_attn.q_proj 16 16;
+    linear encoder.layers.#.self_attn.k_proj 16 16; linear encoder.layers.#.self_attn.v_proj 16 16;
+    linear encoder.layers.#.self_attn.out_proj 16 16; norm encoder.layers.#.layer_norm2 16;
+    linear encoder.layers.#.mlp.fc1 32 16; linear encoder.layers.#.mlp.fc2 16 32; norm post_layernorm 16"""
+TINY_FILES = {
+    "dinov2": DINOV2,
+    "dinov2-reg": DINOV2 + "; bare embeddings.register_tokens 1 4 16",
+    "dinov2-g": DINOV2.replace("fc1 32 16", "weights_in 48 16").replace("fc2 16 32", "weights_out 16 24"),
+    "clip": SIGLIP.replace("weight 16 16", "weight 17 16; bare embeddings.class_embedding 16").replace(
+        "linear embeddings.patch_embedding", "norm pre_layrnorm 16; bare embeddings.patch_embedding.weight"),
+    "siglip": SIGLIP + """; bare head.probe 1 1 16; bare head.attention.in_proj_weight 48 16;
+        bare head.attention.in_proj_bias 48; linear head.attention.out_proj 16 16; norm head.layernorm 16;
+        linear head.mlp.fc1 32 16; linear head.mlp.fc2 16 32""",
+    "dinov3": """
+        bare embeddings.cls_token 1 1 16; bare embeddings.mask_token 1 1 16;
+        bare embeddings.register_tokens 1 4 16; linear embeddings.patch_embeddings 16 3 4 4;
+        norm layer.#.norm1 16; linear layer.#.attention.q_proj 16 16;
+        bare layer.#.attention.k_proj.weight 16 16;
+        linear layer.#.attention.v_proj 16 16; linear layer.#.attention.o_proj 16 16;
+        bare layer.#.layer_scale1.lambda1 16; norm layer.#.norm2 16; linear layer.#.mlp.up_proj 32 16;
+        linear layer.#.mlp.down_proj 16 32; bare layer.#.layer_scale2.lambda1 16; norm norm 16""",
+    "sam": """
+        bare vision_encoder.pos_embed 1 5 5 16; linear vision_encoder.patch_embed.projection 16 3 4 4;
+        norm vision_encoder.layers.#.layer_norm1 16; linear vision_encoder.layers.#.attn.qkv 48 16;
+        linear vision_encoder.layers.#.attn.proj 16 16; norm vision_encoder.layers.#.layer_norm2 16;
+        bare vision_encoder.layers.#.attn.rel_pos_h R 8; bare vision_encoder.layers.#.attn.rel_pos_w R 8;
+        linear vision_encoder.layers.#.mlp.lin1 32 16; linear vision_encoder.layers.#.mlp.lin2 16 32;
+        bare vision_encoder.neck.conv1.weight 8 16 1 1; norm vision_encoder.neck.layer_norm1 8;
+        bare vision_encoder.neck.conv2.weight 8 8 3 3; norm vision_encoder.neck.layer_norm2 8""",
+    "vit": """
+        bare cls_token 1 1 16; bare pos_embed 1 17 16; linear patch_embed.proj 16 3 4 4;
+        norm blocks.#.norm1 16; linear blocks.#.attn.qkv 48 16; linear blocks.#.attn.proj 16 16;
+        norm blocks.#.norm2 16; linear blocks.#.mlp.fc1 32 16; linear blocks.#.mlp.fc2 16 32; norm norm 16;
+        linear head 5 16""",
+}
+GRIDS = {"native": (4, 4), "larger": (6, 6), "not square": (3, 7)}  # patches; SAM's have one more per side
+STORED = {  # per grid: of each block, one element and a weighted sum; from their own code, see below
+    "dinov2": [
+        [-0.192215, -0.869689, -0.155135, -0.949501, -0.091045, -0.905375, -0.069127, -0.855949],
+        [-0.289254, 1.681891, -0.254618, 1.713382, -0.361661, 1.688353, -0.372573, 1.973652],
+        [-1.180795, 0.304712, -1.148523, 0.378809, -1.214815, 0.38385, -1.167468, 0.258006],
+    ],
+    "dinov2-reg": [
+        [-0.191415, -0.868653, -0.168978, -0.962001, -0.091602, -0.927209, -0.070271, -0.885393],
+        [-0.25947, 1.642668, -0.229847, 1.676062, -0.338454, 1.654303, -0.347821, 1.938982],
+        [-1.15715, 0.302806, -1.132559, 0.370947, -1.194153, 0.386975, -1.145516, 0.252116],
+    ],
+    "dinov2-g": [
+        [-0.187034, -0.856843, -0.142148, -0.857288, -0.255986, -0.854609, -0.201335, -0.826503],
+        [-0.296932, 1.642906, -0.265235, 1.616135, -0.320319, 1.558029, -0.287083, 1.62339],
+        [-1.187642, 0.278388, -1.150072, 0.262657, -1.196125, 0.258579, -1.169987, 0.317039],
+    ],
+    "clip": [
+        [1.496907, -0.980507, 1.503835, -1.110811, 1.617418, -1.19233, 2.278018, -1.213096],
+        [0.625639, 1.617999, 0.803237, 2.717127, 0.54275, 2.738235, 1.46735, 2.085452],
+        [0.377854, 1.298041, 0.954804, 1.394302, 0.928408, 2.285096, 0.946294, 2.406089],
+    ],
+    "siglip": [
+        [-0.124504, 0.529086, 0.519002, 0.249665, -0.51109, 0.436382, -0.292209, 0.340602],
+        [-1.193239, 0.470071, -0.924119, -0.684828, -1.208802, -0.023066, -0.739435, -0.080866],
+        [0.046477, -0.594866, 0.38551, -0.905074, 0.725596, -1.301709, 0.762781, -0.118784],
+    ],
+    "dinov3": [
+        [-0.010983, -0.709963, 0.033002, -0.697935, -0.033125, -0.624037, -0.03135, -0.651896],
+        [-0.202491, 0.822478, -0.168466, 0.761187, -0.118587, 0.806442, -0.233524, 0.589697],
+        [-1.021364, 0.307091, -0.956401, 0.350519, -0.973711, 0.220807, -1.001268, 0.310412],
+    ],
+    "sam": [
+        [-0.719888, -3.645452, -0.664456, -5.251978, -2.391389, -5.515706, -2.422527, -5.406959],
+        [-1.237291, -1.853181, -0.986191, -0.453777, -1.588717, -0.664986, -1.610779, 0.063704],
+        [-0.349196, 1.430585, 0.302999, 1.131476, -0.160479, 1.367157, -0.5204, 0.681761],
+    ],
+    "vit": [
+        [-0.486255, -0.745737, -0.658285, -0.585071, -0.748498, -0.598541, -0.475047, -0.519929],
+        [-0.810186, 1.769777, -0.840699, 1.402072, -1.055154, 1.598355, -1.168124, 1.60534],
+        [-1.353316, 0.069898, -0.773691, -0.323651, -0.843944, -0.842112, -1.023871, -1.18912],
+    ],
+}
+
+
+def formula(seed: int, *shape: int) -> torch.Tensor:
+    """Numbers in [-1, 1) that look random and are the same everywhere."""
+    x = np.sin(np.arange(1, 1 + math.prod(shape)) * 12.9898 + seed * 78.233) * 43758.5453
+    return torch.from_numpy((2 * (x - np.floor(x)) - 1).reshape(shape).astype(np.float32))
+
+
+def tiny_file(family: str) -> dict[str, torch.Tensor]:
+    """The weights of a tiny model of a family, by the keys of its files."""
+    state = {}
+    for line in TINY_FILES[family].split(";"):
+        kind, name, *shape = line.split()
+        for i in range(4 if "#" in name else 1):
+            key = name.replace("#", str(i))
+            sides = [(9 if i % 2 else 5) if side == "R" else int(side) for side in shape]  # SAM's windows: 3
+            value = 0.3 * formula(len(state), *sides)
+            if kind == "bare":
+                state[key] = value
+            else:
+                state[key + ".weight"] = 1 + value if kind == "norm" else value
+                state[key + ".bias"] = 0.3 * formula(len(state) + 1, sides[0])
+    return state
+
+
+def tiny_folder(folder, family: str, config: dict | None = None, state: dict | None = None) -> str:
+    """Write a folder as the hub has them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tiny_file(family) if state is None else state, folder / "model.safetensors")
+    config = {"num_attention_heads": 2, "model_type": family} if config is None else config
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def digest(maps: list[torch.Tensor]) -> list[float]:
+    """Two numbers per block: one element, and a sum over all with changing weights."""
+    return [value for x in maps for value in (
+        x[0, 3, 1, 2].item(), (x[0].flatten() * torch.arange(x[0].numel()).cos()).sum().item() / 10)]
+
+
+def tiny_pixels(family: str, grid: tuple[int, int]) -> torch.Tensor:
+    h, w = (side + (family == "sam") for side in grid)
+    return formula(999, 1, 3, 4 * h, 4 * w)
+
+
+@pytest.mark.parametrize("family", TINY_FILES)
+def test_teachers_give_the_stored_numbers(family, tmp_path):
+    """A mix-up of q and k, of activations or eps, a transposed grid, another rule for the position table.
+    The numbers are those of the families' own code; the first is at the position table's grid."""
+    teacher = teachers.load_teacher(tiny_folder(tmp_path, family))
+    for grid, stored in zip(GRIDS.values(), STORED[family], strict=True):
+        found = digest(teacher.blocks(tiny_pixels(family, grid)))
+        assert found == pytest.approx(stored, abs=1e-5), (grid, found)
+
+
+# Against transformers, where it is installed (no requirement of ours).
+
+
+def hub_model(family: str):
+    """Make a family's tiny model, of the shapes of TINY_FILES, by transformers."""
+    t = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "patch_size": 4}
+    dino = sizes | {"image_size": 16, "mlp_ratio": 2}
+    vision = sizes | {"image_size": 16, "intermediate_size": 32}
+    sam = vision | {"image_size": 20, "window_size": 3, "global_attn_indexes": [1, 3], "output_channels": 8,
+                    "mlp_dim": 32}
+    return {
+        "dinov2": lambda: t.Dinov2Model(t.Dinov2Config(**dino)),
+        "dinov2-reg": lambda: t.Dinov2WithRegistersModel(t.Dinov2WithRegistersConfig(**dino)),
+        "dinov2-g": lambda: t.Dinov2Model(t.Dinov2Config(**dino, use_swiglu_ffn=True)),
+        "clip": lambda: t.CLIPVisionModel(t.CLIPVisionConfig(**vision)),
+        "siglip": lambda: t.SiglipVisionModel(t.SiglipVisionConfig(**vision)),
+        "dinov3": lambda: t.DINOv3ViTModel(t.DINOv3ViTConfig(**vision, num_register_tokens=4)),
+        "sam": lambda: t.SamModel(t.SamConfig(vision_config=sam)),
+    }[family]().eval()
+
+
+def hub_states(model, family: str, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return the output of every block of a transformers model, in its own shape."""
+    if family == "sam":
+        return model.vision_encoder(pixels, output_hidden_states=True).hidden_states[1:]
+    resize = {"interpolate_pos_encoding": True} if family in ("clip", "siglip") else {}
+    return model(pixels, output_hidden_states=True, **resize).hidden_states[1:]
+
+
+@torch.no_grad()
+def hub_blocks(model, family: str, pixels: torch.Tensor) -> list[torch.Tensor]:
+    """Return the output of every block of a tiny transformers model as depth maps of the patches."""
+    h, w = (side // 4 for side in pixels.shape[-2:])
+    if family != "sam":
+        states = hub_states(model, family, pixels)
+        return [x[:, -h * w :].transpose(1, 2).unflatten(2, (h, w)) for x in states]
+    encoder = model.vision_encoder  # it knows one size; its table is resized here, by our rule
+    table = encoder.pos_embed.permute(0, 3, 1, 2)
+    if (h, w) != table.shape[2:]:
+        table = F.interpolate(table, (h, w), mode="bicubic", align_corners=False)
+    encoder.pos_embed.data = table.permute(0, 2, 3, 1)
+    encoder.patch_embed.image_size = pixels.shape[-2:]
+    return [x.permute(0, 3, 1, 2) for x in hub_states(model, family, pixels)]
+
+
+def difference_from_transformers(family: str, grid: tuple[int, int]) -> float:
+    """Return the largest difference of any block's output on random weights, through a saved folder."""
+    torch.manual_seed(0)
+    model = hub_model(family)
+    for name, p in model.named_parameters():
+        p.data = 0.3 * torch.randn_like(p) + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        ours = teachers.load_teacher(folder).blocks(tiny_pixels(family, grid))
+    theirs = hub_blocks(model, family, tiny_pixels(family, grid))
+    return max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("family", [family for family in TINY_FILES if family != "vit"])
+def test_every_block_equals_transformers(family, grid):
+    """Anything at all that differs from the families' own code."""
+    assert difference_from_transformers(family, GRIDS[grid]) <= 1e-5
+
+
+@pytest.mark.parametrize("family", [family for family in TINY_FILES if family != "vit"])
+def test_stored_numbers_are_those_of_transformers(family, tmp_path):
+    """Stored numbers that were copied from ours; tiny files whose keys the families do not have."""
+    folder = tiny_folder(tmp_path, family, hub_model(family).config.to_dict())
+    for grid, stored in zip(GRIDS.values(), STORED[family], strict=True):
+        model, report = type(hub_model(family)).from_pretrained(folder, output_loading_info=True)
+        assert not {key for key in report["missing_keys"] if "decoder" not in key and "prompt" not in key
+                    and "shared" not in key} | set(report["unexpected_keys"])
+        found = digest(hub_blocks(model.eval(), family, tiny_pixels(family, grid)))
+        assert found == pytest.approx(stored, abs=1e-5), (grid, found)
+
+
+DINO_NAMES = {  # ours, from the hub's, to those of other files; @ marks parts to be stacked
+    r"embeddings\.((cls|mask)_token)": r"\1", r"embeddings\.register_tokens": "register_tokens",
+    r"embeddings\.position_embeddings": "pos_embed",
+    r"embeddings\.patch_embeddings\.projection": "patch_embed.proj",
+    r"encoder\.layer\.": "blocks.", r"attention\.attention\.(query|key|value)": "attn.qkv@",
+    r"attention\.output\.dense": "attn.proj", r"layer_scale(.)\.lambda1": r"ls\1.gamma",
+    "layernorm": "norm", "weights_in": "w12", "weights_out": "w3"}
+TIMM_CLIP_NAMES = {
+    r"embeddings\.class_embedding": "cls_token", r"embeddings\.position_embedding\.weight": "pos_embed",
+    r"embeddings\.patch_embedding": "patch_embed.proj", "pre_layrnorm": "norm_pre", "post_layernorm": "norm",
+    r"encoder\.layers": "blocks", r"self_attn\.[qkv]_proj": "attn.qkv@", r"self_attn\.out_proj": "attn.proj",
+    "layer_norm": "norm"}
+OPEN_CLIP_NAMES = {
+    r"embeddings\.class_embedding": "visual.class_embedding", "pre_layrnorm": "visual.ln_pre",
+    r"embeddings\.position_embedding\.weight": "visual.positional_embedding",
+    r"embeddings\.patch_embedding": "visual.conv1", "post_layernorm": "visual.ln_post",
+    r"encoder\.layers": "visual.transformer.resblocks", "layer_norm": "ln_", r"mlp\.fc1": "mlp.c_fc",
+    r"mlp\.fc2": "mlp.c_proj", r"self_attn\.[qkv]_proj\.": "attn.in_proj_@", "self_attn": "attn"}
+SAM_NAMES = {"vision_encoder": "image_encoder", "layers": "blocks", "projection": "proj",
+             r"neck\.conv": "neck.0", r"neck\.layer_norm": "neck.1", "layer_norm": "norm"}
+FULL_CLIP = {"": "vision_model.", "vision_model.(text_model|logit|text_pro|visual_pro)": r"\1"}
+OTHER_FILES = {  # case -> family, names, keys of other networks in the same file, config.json
+    "DINOv2, original": ("dinov2", DINO_NAMES, "", {}),
+    "registers, original": ("dinov2-reg", DINO_NAMES, "", {}),
+    "registers, timm": ("dinov2-reg", DINO_NAMES | {"register_tokens": "reg_token"}, "head.weight", {}),
+    "giant, original": ("dinov2-g", DINO_NAMES, "", {}),
+    "CLIP, full": ("clip", FULL_CLIP, "embeddings.position_ids text_model.norm.weight logit_scale "
+                   "visual_projection.weight text_projection.weight", {"model_type": "clip"}),
+    "SigLIP, full": ("siglip", FULL_CLIP, "text_model.head.weight logit_scale logit_bias", {}),
+    "CLIP, timm": ("clip", TIMM_CLIP_NAMES, "head.weight", {"architecture": "clip_quickgelu_224"}),
+    "CLIP, open_clip": ("clip", OPEN_CLIP_NAMES, "visual.proj positional_embedding text_projection "
+                        "transformer.resblocks.0.ln_1.weight token_embedding.weight ln_final.bias "
+                        "logit_scale", {"hidden_act": "quick_gelu"}),
+    "SAM, original": ("sam", SAM_NAMES, "prompt_encoder.a mask_decoder.b", {}),
+    "SAM, encoder alone": ("sam", {r"vision_encoder\.": ""}, "", {}),
+}
+
+
+def rename(state: dict, names: dict[str, str]) -> dict:
+    """Rename keys by regex, one rule after the other, and stack the parts marked @."""
+    parts = {}
+    for key, value in state.items():
+        for pattern, to in names.items():
+            key = re.sub("^" + pattern if pattern == "" else pattern, to, key, count=1)
+        parts.setdefault(key.replace("@", ""), []).append(value)
+    return {key: torch.cat(values) if len(values) > 1 else values[0] for key, values in parts.items()}
+
+
+@pytest.mark.parametrize("case", OTHER_FILES)
+def test_other_layouts_of_the_same_weights(case, tmp_path):
+    """A key of one layout mapped to the wrong weight; other networks' weights in the file; pickles in
+    wrappers and in half precision."""
+    family, names, others, config = OTHER_FILES[case]
+    state = tiny_file(family) | {key: torch.ones(3) for key in others.split()}
+    state = rename(state, names)
+    if "reg_token" in state:  # timm: the class token's position is already in it
+        pos = state["pos_embed"]
+        state |= {"cls_token": state["cls_token"] + pos[:, :1], "pos_embed": pos[:, 1:]}
+    tiny_folder(tmp_path, family, {"num_attention_heads": 2} | config, {})
+    (tmp_path / "model.safetensors").unlink()
+    file = tmp_path / "tiny.pth"
+    torch.save({"model": state} if "original" in case else {"state_dict": state}, file)
+    x = tiny_pixels(family, (3, 7))
+    expected = teachers.load_teacher(tiny_folder(tmp_path / "hub", family)).blocks(x)
+    for a, b in zip(teachers.load_teacher(str(file)).blocks(x), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
+    torch.save({key: value.half() for key, value in state.items()}, file)
+    assert (teachers.load_teacher(str(file)).blocks(x)[-1] - expected[-1]).abs().max() < 0.02
+
+
+def test_activation_and_heads_come_from_the_config(tmp_path, monkeypatch):
+    """LAION's CLIP run with OpenAI's QuickGELU, or the other way round; a file without a config guessed
+    silently."""
+    def activation(name, config=None, sidecar=None, file="clip"):
+        folder = Path(tiny_folder(tmp_path / name, file, config))
+        for path, content in (sidecar or {}).items():
+            (folder / path).write_text(json.dumps(content))
+        return teachers.load_teacher(str(folder)).encoder.cfg.activation
+
+    heads = {"num_attention_heads": 2}
+    assert activation("laion", heads | {"hidden_act": "gelu"}) == "gelu"
+    assert activation("full", {"vision_config": heads | {"hidden_act": "gelu"}}) == "gelu"
+    assert activation("openai", {"vision_config": heads | {"hidden_act": "quick_gelu"}}) == "quick_gelu"
+    assert activation("siglip", heads | {"hidden_act": "gelu_pytorch_tanh"}, file="siglip") == "gelu_tanh"
+    openai = heads | {"architecture": "vit_base_patch16_clip_224", "pretrained_cfg": {"tag": "openai"}}
+    assert activation("timm", openai) == "quick_gelu"
+    beside = {"open_clip_config.json": {"model_cfg": {"quick_gelu": False}}}
+    assert activation("open_clip", heads, beside) == "gelu"
+    with pytest.raises(ValueError, match="activation relu; known are gelu"):
+        activation("other", heads | {"hidden_act": "relu"})
+    monkeypatch.setitem(teachers.HEADS, 16, 2)
+    with pytest.warns(UserWarning, match="quick_gelu"):
+        assert activation("none", {}) == "quick_gelu"
+
+
+def test_normalisation_comes_from_the_files(tmp_path):
+    """A teacher fed another family's mean and std; timm's large CLIP with OpenAI's."""
+    clip = {"model_cfg": {}, "preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "std": [1, 2, 3]}}
+    given = {"image_mean": [0.4, 0.5, 0.6], "image_std": [4, 5, 6]}
+    folder = Path(tiny_folder(tmp_path, "clip"))
+    for file, content, mean, std in (
+            ("config.json", {"num_attention_heads": 2, "hidden_act": "gelu"},
+             (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+            ("open_clip_config.json", clip, (0.1, 0.2, 0.3), (1, 2, 3)),
+            ("preprocessor_config.json", given, (0.4, 0.5, 0.6), (4, 5, 6))):
+        (folder / file).write_text(json.dumps(content))
+        teacher = teachers.load_teacher(str(folder))
+        image = torch.rand(1, 3, 8, 12)
+        expected = (image - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+        torch.testing.assert_close(teacher.prepare(image), expected)
+        assert teacher.provenance["mean"] == list(mean) and teacher.provenance["std"] == list(std)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda s: s.pop("encoder.layer.2.mlp.fc1.bias"), r"1 keys missing \(encoder.layer.2.mlp.fc1.bias\)"),
+    (lambda s: s.pop("embeddings.cls_token"), r"missing \(embeddings.cls_token\)"),
+    (lambda s: s.update({"classifier.weight": torch.ones(2)}), r"1 keys unexpected \(classifier.weight\)"),
+    (lambda s: s.update({"encoder.layer.3.mlp.fc2.weight": torch.ones(16, 8)}), r"fc2.weight is \(16, 8\)"),
+    (lambda s: s.update({"embeddings.position_embeddings": torch.ones(1, 13, 16)}), "13 rows"),
+    (lambda s: [s.pop(k) for k in list(s) if "layer" in k], "no known layout.*SAM"),
+    (lambda s: s.update({"embeddings.patch_embeddings.projection.weight": torch.ones(16, 48)}), "a matrix"),
+])
+def test_files_that_do_not_fit_are_named(change, message, tmp_path):
+    """Partial loading; an error that does not say which key."""
+    state = tiny_file("dinov2")
+    change(state)
+    with pytest.raises(ValueError, match=message) as error:
+        teachers.load_teacher(tiny_folder(tmp_path, "dinov2", state=state))
+    assert "DINOv2" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_bad_sources_are_named(tmp_path):
+    """A typo that becomes a download; damaged files; heads guessed wrong; another file than was meant."""
+    for source in ("dinov2", "sam_b", "/nowhere/model.safetensors"):
+        with pytest.raises(ValueError, match=f"unknown teacher {source}.*dinov2-b"):
+            teachers.load_teacher(source)
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    with pytest.raises(ValueError, match="has no weights; put model.safetensors"):
+        teachers.load_teacher(str(folder))
+    path = Path(tiny_folder(tmp_path / "t", "dinov2", {}))
+    with pytest.raises(ValueError, match="heads do not divide the width 16.*num_attention_heads"):
+        teachers.load_teacher(str(path))
+    with pytest.raises(ValueError, match="sha256.*instead of 00"):
+        teachers.load_teacher(str(path), sha256="00")
+    (path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is no JSON"):
+        teachers.load_teacher(str(path))
+    (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:5000])
+    with pytest.raises(ValueError, match="cannot be read as weights"):
+        teachers.load_teacher(str(path))
+    torch.save({"model": [1, 2]}, tmp_path / "odd.bin")
+    with pytest.raises(ValueError, match="no table of weights"):
+        teachers.load_teacher(str(tmp_path / "odd.bin"))
+
+
+def test_images_are_resized_to_whole_patches(tmp_path):
+    """Pixels beyond the last whole patch dropped; the ratio of the sides lost."""
+    teacher = teachers.load_teacher(tiny_folder(tmp_path, "dinov2"))
+    image = torch.rand(2, 3, 22, 31)  # 5.5 x 7.75 patches
+    assert teacher.prepare(image).shape == (2, 3, 24, 32)
+    assert [level.shape for level in teacher.features(image)] == [(2, 16, 6, 8)] * 4
+    whole = F.interpolate(image, (24, 32), mode="bilinear", align_corners=False, antialias=True)
+    expected = teacher.blocks((whole - teacher.encoder.mean) / teacher.encoder.std)
+    for level, depth_map in zip(teacher.features(image), expected, strict=True):
+        torch.testing.assert_close(level, depth_map)
+    small = teachers.load_teacher(str(tmp_path), size=12)
+    assert small.features(image)[0].shape == (2, 16, 3, 4)
+    with pytest.raises(ValueError, match="size 13 is not a multiple of its patch 4; use 12 or 16"):
+        teachers.load_teacher(str(tmp_path), size=13)
+
+
+def test_sam_pads_after_normalising_and_crops_the_map(tmp_path):
+    """SAM's padding left in the map: the student would be stretched over it; padding that is normalised."""
+    teacher = teachers.load_teacher(tiny_folder(tmp_path, "sam"))  # 20 pixels, 5 x 5 patches
+    image = torch.rand(2, 3, 26, 40)
+    small = F.interpolate(image, (13, 20), mode="bilinear", align_corners=False, antialias=True)
+    pixels = torch.zeros(2, 3, 20, 20)
+    pixels[:, :, :13] = (small - teacher.encoder.mean) / teacher.encoder.std
+    expected = [level[:, :, :3] for level in teacher.blocks(pixels)]  # 13 pixels: 3.25 patches
+    for level, depth_map in zip(teacher.features(image), expected, strict=True):
+        torch.testing.assert_close(level, depth_map)
+    assert teacher.features(image.transpose(2, 3))[0].shape == (2, 16, 5, 3)
+    assert "approximation" not in teacher.provenance
+    large = teachers.load_teacher(str(tmp_path), size=40)
+    assert large.features(image)[0].shape == (2, 16, 6, 10)  # 26 pixels: 6.5 patches, rounded to even
+    assert large.provenance["approximation"] == "longest side 40 px instead of 20"
+
+
+def test_any_mix_of_teachers_trains_and_is_recorded(small_world, tmp_path, toy_cache, monkeypatch):
+    """Checkpoints that do not say which weights taught; --sam-size without a trace; a resume with other
+    teachers of the same names."""
+    clip, sam = (tiny_folder(tmp_path / f, f, {"num_attention_heads": 2, "hidden_act": "gelu"})
+                 for f in ("clip", "sam"))
+    monkeypatch.setitem(prism.SIZES, "toy", replace(TINY, teachers={}, tasks={}))
+    settings = {"stage": "deconstruct", "teachers": ("toy-sam", f"laion={clip}", sam), "sam_size": 12}
+    stored = tiny_run(small_world, tmp_path / "out", steps=2, log_every=1, **settings)
+    assert stored["config"]["teachers"] == {"toy-sam": 16, "laion": 16, "sam": 16}
+    said = stored["provenance"]["teachers"]
+    assert [teacher["kind"] for teacher in said.values()] == ["toy", "CLIP", "SAM"]
+    for name, folder in (("laion", clip), ("sam", sam)):
+        digest = hashlib.sha256((Path(folder) / "model.safetensors").read_bytes()).hexdigest()
+        assert said[name]["sha256"] == digest and said[name]["licence"] == "not stated"
+    assert said["sam"]["approximation"] == "longest side 12 px instead of 20" and said["sam"]["size"] == 12
+    assert said["laion"]["mean"] == [0.48145466, 0.4578275, 0.40821073]
+    with pytest.raises(ValueError, match="cannot resume.*teachers"):
+        tiny_run(small_world, tmp_path / "out", steps=2, resume=True, **settings | {"sam_size": 16})
+    with pytest.raises(ValueError, match="no teacher of toy-sam is a SAM"):
+        tiny_run(small_world, tmp_path / "out", **settings | {"teachers": ("toy-sam",)})
+    with pytest.raises(ValueError, match="name each once"):
+        tiny_run(small_world, tmp_path / "out", **settings | {"teachers": (sam, f"sam={clip}")})
+
+
+def test_student_starts_from_a_vit(tmp_path, small_world, toy_cache, monkeypatch):
+    """A trunk that starts elsewhere than its ImageNet weights; experts that are no copies of their MLP."""
+    folder = tiny_folder(tmp_path / "vit", "vit", {"pretrained_cfg": {"mean": [0.4] * 3, "std": [0.2] * 3}})
+    monkeypatch.setitem(teachers.HEADS, 16, 2)
+    state = tiny_file("vit")
+    cfg = prism.PrismConfig(dim=16, depth=4, heads=2, patch=4, grid=(4, 4), moe_blocks=(0, 1, 2, 3),
+                            experts=3, top_k=2, mlp_ratio=2, expert_ratio=2, teachers={"a": 8})
+    model = prism.Prism(cfg).eval()
+    report = prism.start_from_vit(model, state, folder)
+    assert report == ("loaded 54, new 81 (experts, gate, projectors, router, shared, teacher_embed), "
+                      "dropped 2 (head)")
+    model.expect((0.4,) * 3, (0.2,) * 3)
+    vit = teachers.load_teacher(folder)
+    with torch.no_grad():  # anchor and shared expert alone, both copies of the MLP: a plain ViT
+        for block in model.blocks:
+            block.experts.w2.zero_(), block.experts.b2.zero_()
+        images = torch.rand(2, 3, 16, 24)
+        levels = model.features(images, "a")
+        expected = [F.layer_norm(x.movedim(1, -1), (16,), state["norm.weight"], state["norm.bias"], 1e-6)
+                    for x in vit.blocks(vit.prepare(images))]
+    for level, x in zip(levels, expected, strict=True):
+        torch.testing.assert_close(level.movedim(1, -1), x)
+    again = prism.Prism(cfg)
+    prism.start_from_vit(again, state, folder)
+    for e in range(3):
+        torch.testing.assert_close(again.blocks[1].experts.w1[e], state["blocks.1.mlp.fc1.weight"])
+    monkeypatch.setitem(prism.SIZES, "toy", replace(cfg, teachers={}))
+    stored = tiny_run(small_world, tmp_path / "out", stage="all", steps=2, teachers=("toy-sam",), init=folder)
+    assert stored["config"]["mean"] == (0.4,) * 3, "stage 2 forgot what its trunk was trained on"
+    first = prism.read_checkpoint(tmp_path / "out" / "deconstruct.pt")["provenance"]["init"]
+    assert first.startswith("vit ") and len(first.split()[1]) == 12
+    with pytest.raises(ValueError, match="do not fit this student"):
+        prism.start_from_vit(prism.Prism(replace(cfg, dim=32)), state, folder)
+
+
+def test_the_ten_lines_of_readme_add_a_teacher(tmp_path, monkeypatch):
+    """README's example rots. Its layout is that of ViT on the hub: the tiny ViT under those names gives
+    the numbers stored for it."""
+    monkeypatch.setattr(teachers, "LAYOUTS", list(teachers.LAYOUTS))
+    monkeypatch.setattr(teachers, "SOURCES", dict(teachers.SOURCES))
+    readme = Path(teachers.__file__).with_name("README.md").read_text()
+    (lines,) = [block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "LAYOUTS" in block]
+    assert len(lines.splitlines()) <= 10
+    exec(lines, vars(teachers))
+    names = {"^": "embeddings.", r"embeddings\.(blocks|norm|head)": r"\1", "pos_embed": "position_embeddings",
+             r"patch_embed\.proj": "patch_embeddings.projection", "blocks": "encoder.layer",
+             "norm1": "layernorm_before", "norm2": "layernorm_after", r"attn\.proj": "attention.output.dense",
+             r"mlp\.fc1": "intermediate.dense", r"mlp\.fc2": "output.dense", "^norm": "layernorm"}
+    state = {k: v for k, v in tiny_file("vit").items() if not k.startswith("head")}
+    for key in [k for k in state if "qkv" in k]:
+        for part, rows in zip(("query", "key", "value"), state.pop(key).chunk(3), strict=True):
+            state[key.replace("attn.qkv", f"attention.attention.{part}")] = rows
+    state = {key: value.contiguous().clone() for key, value in rename(state, names).items()}
+    config = {"num_attention_heads": 2, "layer_norm_eps": 1e-6}
+    teacher = teachers.load_teacher(tiny_folder(tmp_path, "vit", config, state))
+    assert digest(teacher.blocks(tiny_pixels("vit", (4, 4)))) == pytest.approx(STORED["vit"][0], abs=1e-5)
+    assert teacher.encoder.cfg.mean == teachers.IMAGENET["mean"] and "dino-b" in teachers.SOURCES
+
+
+def test_pictures_of_features(tmp_path, capsys):
+    """Colours that do not follow the features; photos lying on their side; a command that draws nothing."""
+    ramp = torch.arange(6.0).repeat(5, 1)  # (h, w)
+    level = torch.stack([3 * ramp, 2 * ramp.flip(0) + torch.arange(5.0)[:, None], 0 * ramp, 0 * ramp])
+    picture, share = teachers.pca_picture(level)
+    assert share == pytest.approx(1) and picture.shape == (5, 6, 3)
+    assert (np.diff(picture[2, :, 0].astype(int)) > 0).all(), "the main direction is from left to right"
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    photo.save(tmp_path / "photo.jpg", exif=exif)
+    assert data.read_photo(tmp_path / "photo.jpg").shape == (60, 40, 3)
+    assert data.read_photo(tmp_path / "photo.jpg", 30).shape == (30, 20, 3)
+    folder = tiny_folder(tmp_path / "dinov2", "dinov2")
+    image = (tmp_path / "photo.jpg",)
+    teachers.main(teachers.Args(names=(folder,), image=image, out_dir=tmp_path, device="cpu"))
+    with Image.open(tmp_path / "features.png") as drawn:
+        assert drawn.size == (5 * 264 + 8, 384 + 60)
+        assert len(drawn.convert("RGB").getcolors(1 << 20)) > 100
+    assert "sha256" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="photo nowhere.jpg does not exist"):
+        data.read_photo(Path("nowhere.jpg"))
+    with pytest.raises(ValueError, match="name one, such as dinov2-b"):
+        teachers.main(teachers.Args(image=image))
+
+
+def test_list_of_teachers(capsys, tmp_path, monkeypatch):
+    """A list that lacks a teacher or does not see what is cached."""
+    monkeypatch.setenv("PRISM_CACHE", str(tmp_path))
+    folder = teachers.repo_folder("facebook/sam-vit-base")
+    tiny_folder(folder, "sam")
+    teachers.main(teachers.Args())
+    lines = capsys.readouterr().out.splitlines()
+    for name, source in teachers.SOURCES.items():
+        (line,) = [line for line in lines if f" {name} " in line]
+        assert source.repo in line and source.licence in line and ("MB" in line) == (name == "sam-b")
+    assert teachers.load_teacher("sam-b").provenance["source"] == "facebook/sam-vit-base"
+
+
+# ------------------------------------------------------------------------------------------- downloads
+
+CHUNK = teachers.CHUNK
+BODY = random.Random(0).randbytes(5 * CHUNK + 321)
+SHA256, CUT = hashlib.sha256(BODY).hexdigest(), 2 * CHUNK + 100
+HELLO_GIT = "ce013625030ba8dba906f756967f9e9ca394464a"  # git hash-object, of "hello" and a newline
+
+
+class Hub(ThreadingHTTPServer):
+    """A hub on this machine, with the faults that a test gives it."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), HubAnswer)
+        self.files = {"config.json": b"{}", "model.safetensors": BODY, "hello.txt": b"hello\n"}
+        self.etags = {"model.safetensors": f'"{SHA256}"', "hello.txt": f'W/"{HELLO_GIT}"'}
+        self.faults = []  # of the next answers: a status, or (above 1000) bytes after which the line breaks
+        self.ranges, self.store = True, None  # store: host that the hub redirects to
+        self.asked, self.served = [], 0  # (host, file, range, authorization); bytes
+        self.reached, self.gate = threading.Event(), threading.Event()
+        self.gate.set()
+
+    def url(self, name: str = "model.safetensors") -> str:
+        """Return the address of a file."""
+        return f"http://127.0.0.1:{self.server_port}/lab/vit/resolve/main/{name}"
+
+    def handle_error(self, request, client_address):
+        """Say nothing of clients that were killed."""
+
+
+class HubAnswer(BaseHTTPRequestHandler):
+    def do_GET(self):
+        hub, name, host = self.server, Path(self.path).name, self.headers["Host"].split(":")[0]
+        asked, body = self.headers["Range"], hub.files.get(name)
+        hub.asked.append((host, name, asked, self.headers["Authorization"]))
+        hub.reached.set()
+        hub.gate.wait(60)
+        fault = hub.faults.pop(0) if hub.faults else 404 if body is None else 10**9
+        if fault < 1000:
+            return self.answer(fault)
+        headers, etag = {"X-Repo-Commit": "c0ffee"}, hub.etags.get(name, '"0-1"')
+        if hub.store and host != hub.store:
+            return self.answer(302, Location=f"http://{hub.store}:{hub.server_port}/{name}", **headers,
+                               **{"X-Linked-Etag": etag, "X-Linked-Size": len(body)})
+        headers = {"ETag": f'"{"f" * 64}"'} if hub.store else headers | {"ETag": etag}  # f: hash of nothing
+        first = int(asked.strip("bytes=-")) if asked and hub.ranges else 0
+        if first >= len(body):
+            return self.answer(416, **{"Content-Range": f"bytes */{len(body)}"})
+        if first:
+            headers["Content-Range"] = f"bytes {first}-{len(body) - 1}/{len(body)}"
+        self.answer(206 if first else 200, body[first:], fault, **headers)
+
+    def answer(self, status, body=b"", stop=None, **headers):
+        self.send_response(status)
+        for name, value in {"Content-Length": len(body), **headers}.items():
+            if value is not None:
+                self.send_header(name, str(value))
+        self.end_headers()
+        self.server.served += len(body[:stop])
+        self.wfile.write(body[:stop])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    server = Hub()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+    for name, value in {"PRISM_CACHE": str(tmp_path), "NO_PROXY": "*",
+                        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}/"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(teachers, "PAUSE", 0)
+    yield server
+    server.gate.set()
+    server.shutdown()
+    server.server_close()
+
+
+def resumed_from(hub) -> int:
+    """Return where the last request wanted to go on."""
+    return int(re.fullmatch(r"bytes=(\d+)-", hub.asked[-1][2])[1])
+
+
+def test_broken_line_is_resumed(hub, tmp_path):
+    """Catches a retry that starts from nothing, asks for bytes it has, or drops or doubles some."""
+    hub.faults = [CUT, 500, 503]
+    facts = teachers.download(hub.url(), tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == BODY and facts == {"commit": "c0ffee", "sha256": SHA256}
+    start = resumed_from(hub)
+    assert CUT - CHUNK < start <= CUT and hub.served == CUT + len(BODY) - start
+    assert len(hub.asked) == 4 and sorted(p.name for p in tmp_path.iterdir()) == ["x"]
+
+
+def test_giving_up_keeps_the_part(hub, tmp_path):
+    """Catches endless retries, pauses that count from the start, a gigabyte thrown away with the error."""
+    hub.faults = [500] * 5 + [CUT] + [500] * 5
+    with pytest.raises(ConnectionError, match="gave up on .*answered 500.*0.1 MB are kept") as caught:
+        teachers.download(hub.url(), tmp_path / "x")
+    assert "\n" not in str(caught.value) and not hub.faults and not (tmp_path / "x").exists()
+    kept = (tmp_path / "x.part").stat().st_size
+    teachers.download(hub.url(), tmp_path / "x")
+    assert resumed_from(hub) == kept > CHUNK and (tmp_path / "x").read_bytes() == BODY
+
+
+def test_server_without_ranges(hub, tmp_path):
+    """Catches a whole file appended to a part, and a line that breaks for ever taken for progress."""
+    hub.ranges, hub.faults = False, [CUT]
+    teachers.download(hub.url(), tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == BODY and hub.served == CUT + len(BODY)
+    hub.faults = [CUT] * 99
+    with pytest.raises(ConnectionError, match="gave up"):
+        teachers.download(hub.url(), tmp_path / "y")
+    assert len(hub.faults) == 99 - 1 - teachers.RETRIES
+
+
+@pytest.mark.parametrize("etag, sha256, kind", [
+    (f'"{"0" * 64}"', None, "sha256"), (f'W/"{"0" * 40}"', None, "git sha1"),
+    (f'"{SHA256}"', "0" * 64, "sha256"),
+])
+def test_wrong_content_is_not_kept(hub, tmp_path, etag, sha256, kind):
+    """Catches a file under its final name that nobody verified, and a bad part that every run resumes."""
+    hub.etags["model.safetensors"] = etag
+    with pytest.raises(ValueError, match=f"model.safetensors came with {kind} .*, needed 0000.*run again"):
+        teachers.download(hub.url(), tmp_path / "x", sha256)
+    assert not list(tmp_path.iterdir()) and hub.served == len(BODY)
+    (tmp_path / "x.part").write_bytes(bytes(len(BODY)))  # of an earlier run: once more, not for ever
+    with pytest.raises(ValueError, match="needed 0000"):
+        teachers.download(hub.url(), tmp_path / "x", sha256)
+    assert not list(tmp_path.iterdir()) and hub.served <= 3 * len(BODY)
+
+
+def test_checksums_that_fit(hub, tmp_path):
+    """Catches git's hash taken without its header, case and quotes compared, an ETag that is no hash."""
+    teachers.download(hub.url("hello.txt"), tmp_path / "hello")
+    teachers.download(hub.url(), tmp_path / "x", SHA256.upper())
+    facts = teachers.download(hub.url("config.json"), tmp_path / "config.json")
+    assert facts["sha256"] == hashlib.sha256(b"{}").hexdigest()
+
+
+@pytest.mark.parametrize("part, served", [
+    (bytes(CHUNK), 2 * len(BODY) - CHUNK), (bytes(len(BODY)), len(BODY)), (bytes(len(BODY) + 5), len(BODY)),
+    (BODY[:CHUNK], len(BODY) - CHUNK), (BODY, len(BODY)),
+])
+def test_part_of_an_earlier_run(hub, tmp_path, part, served):
+    """Catches another file's part that is trusted or ends the download, a good one that is fetched again."""
+    (tmp_path / "x.part").write_bytes(part)
+    teachers.download(hub.url(), tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == BODY and hub.served == served
+
+
+def test_repo_is_fetched_once(hub, tmp_path):
+    """Catches weights of another name not found, provenance lost, requests for what the cache has."""
+    hub.files["pytorch_model.bin"] = hub.files.pop("model.safetensors")
+    folder = teachers.fetch_repo("lab/vit", "refs/pr/1", SHA256)
+    assert folder == tmp_path / "hub/lab--vit/refs--pr--1"
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "pytorch_model.bin", "source.json"]
+    url = f"http://127.0.0.1:{hub.server_port}/lab/vit/resolve/refs%2Fpr%2F1/pytorch_model.bin"
+    assert json.loads((folder / "source.json").read_text()) == {
+        "repo": "lab/vit", "revision": "refs/pr/1", "commit": "c0ffee", "file": "pytorch_model.bin",
+        "sha256": SHA256, "url": url}
+    assert [name for _, name, *_ in hub.asked] == [*teachers.SIDECARS, *teachers.WEIGHTS[:2]]
+    by_hand = tmp_path / "hub/lab--own/main"
+    by_hand.mkdir(parents=True)
+    (by_hand / "model.safetensors").touch()
+    hub.asked.clear()
+    assert teachers.fetch_repo("lab/vit", "refs/pr/1") == folder and not hub.asked
+    assert teachers.fetch_repo("lab/own") == by_hand and not hub.asked
+
+
+def test_repo_without_weights(hub):
+    """Catches an empty folder returned, a missing file that is retried, a message without next step."""
+    hub.files = {"config.json": b"{}", "model.safetensors.index.json": b"{}"}
+    with pytest.raises(FileNotFoundError, match="lab/vit at main has none of model.safetensors, .*shards"):
+        teachers.fetch_repo("lab/vit")
+    hub.files.clear()
+    with pytest.raises(FileNotFoundError, match="has none of .*nor a config: check its name"):
+        teachers.fetch_repo("lab/typo")
+
+
+def test_gated_repo_and_token(hub, tmp_path, monkeypatch):
+    """Catches a message without next step, a token not sent, or replaced by what ~/.netrc has."""
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password old\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    hub.faults = [401]
+    with pytest.raises(PermissionError, match=r"lab/vit is gated .*\(401\): .* set HF_TOKEN") as caught:
+        teachers.fetch_repo("lab/vit")
+    assert "\n" not in str(caught.value) and len(hub.asked) == 1
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.faults = [403]
+    with pytest.raises(PermissionError, match=r"\(403\): the token in HF_TOKEN has no access") as caught:
+        teachers.fetch_repo("lab/vit")
+    assert [sent for *_, sent in hub.asked] == [None, "Bearer hf_secret"]
+    assert "secret" not in str(caught.value)
+    hub.faults = [418]
+    with pytest.raises(OSError, match="lab/vit/resolve/main/config.json answered 418"):
+        teachers.fetch_repo("lab/vit")
+
+
+def test_token_stays_with_the_hub(hub, tmp_path, monkeypatch):
+    """Catches a token told to the store behind the hub, and the store's ETag taken for a checksum."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.store, hub.faults = "localhost", [10**9, CUT]
+    facts = teachers.download(hub.url(), tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == BODY and facts == {"commit": "c0ffee", "sha256": SHA256}
+    assert [(host, sent) for host, *_, sent in hub.asked] == 2 * [("127.0.0.1", "Bearer hf_secret"),
+                                                                  ("localhost", None)]
+    hub.etags |= {"model.safetensors": f'"{"0" * 64}"', "config.json": None}
+    with pytest.raises(ValueError, match="needed 0000"):
+        teachers.download(hub.url(), tmp_path / "y")
+    teachers.download(hub.url("config.json"), tmp_path / "config.json")
+
+
+def test_offline(hub, tmp_path):
+    """Catches half a minute of retries and a traceback where there is no network at all."""
+    hub.server_close()  # refuses from now on
+    with pytest.raises(ConnectionError) as caught:
+        teachers.fetch_repo("lab/vit")
+    message, folder = str(caught.value), tmp_path / "hub/lab--vit/main"
+    assert message.startswith(f"no connection to 127.0.0.1:{hub.server_port}") and "\n" not in message
+    assert f"download {hub.url()} and config.json, and put both into {folder}" in message
+
+
+def test_full_disk(hub, tmp_path, monkeypatch):
+    """Catches a disk that is filled to the last byte before anybody says so; what is there counts."""
+    (tmp_path / "x.part").write_bytes(BODY[:CHUNK])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=len(BODY) - CHUNK - 1))
+    with pytest.raises(OSError, match="needs 0.00 GiB, .* GiB free: make room"):
+        teachers.download(hub.url(), tmp_path / "x")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=len(BODY) - CHUNK))
+    teachers.download(hub.url(), tmp_path / "x")
+
+
+def test_progress_lines(hub, tmp_path, capsys):
+    """Catches a bar's control codes in a log, noise for every small file, sizes that do not add up."""
+    teachers.download(hub.url(), tmp_path / "x")
+    assert capsys.readouterr().out == ""
+    hub.files["big"] = bytes(3 * 10**6)
+    (tmp_path / "big.part").write_bytes(bytes(10**6))
+    teachers.download(hub.url("big"), tmp_path / "big")
+    assert re.sub(r", .*", "", capsys.readouterr().out) == "big: 1/3 MB\nbig: 3/3 MB\n"
+
+
+def fetch_elsewhere(before: str = "") -> subprocess.Popen:
+    """Start a process that fetches the repo."""
+    code = f"import {teachers.__name__} as teachers\n{before}\nteachers.fetch_repo('lab/vit')"
+    return subprocess.Popen([sys.executable, "-c", code], cwd=Path(teachers.__file__).parent)
+
+
+def test_two_processes_share_one_download(hub, tmp_path, monkeypatch, capsys):
+    """Catches two processes that write into one part, and a second download after the wait."""
+    hub.gate.clear()
+    other = fetch_elsewhere()
+    assert hub.reached.wait(60)  # it holds the lock
+    flock = fcntl.flock
+
+    def wait_for_lock(file, how):
+        if how == fcntl.LOCK_EX:
+            hub.gate.set()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", wait_for_lock)
+    folder = teachers.fetch_repo("lab/vit")
+    assert other.wait(60) == 0 and (folder / "model.safetensors").read_bytes() == BODY
+    assert hub.served == len(BODY) + 2 and capsys.readouterr().out.count("waiting for another process") == 1
+
+
+DIE_AFTER_THREE_CHUNKS = """
+import os
+def track_bytes(chunks, what, *_):
+    for k, chunk in enumerate(chunks):
+        yield chunk
+        if (what, k) == ("model.safetensors", 2):
+            os.kill(os.getpid(), 9)
+teachers.track_bytes = track_bytes
+"""
+
+
+def test_killed_process_leaves_a_part_and_no_lock(hub, tmp_path):
+    """Catches a lock that outlives its process, half a file taken for a whole one, a lost part."""
+    assert fetch_elsewhere(DIE_AFTER_THREE_CHUNKS).wait(60) == -signal.SIGKILL
+    folder = tmp_path / "hub/lab--vit/main"
+    assert sorted(p.name for p in folder.iterdir()) == ["config.json", "model.safetensors.part"]
+    assert teachers.fetch_repo("lab/vit") == folder and resumed_from(hub) == 3 * CHUNK
+    assert (folder / "model.safetensors").read_bytes() == BODY
+    assert [name for _, name, *_ in hub.asked].count("config.json") == 1
+    assert json.loads((folder / "source.json").read_text())["sha256"] == SHA256
 
 
 # ------------------------------------------------------- a stand-in renderer and a hand-made PASCAL folder
@@ -1993,3 +2832,51 @@ def test_other_classes_than_in_training_are_named(folder):
     assert scoring.choose_tasks((), {"semseg": 21, "depth": 1}, dataset) == ["semseg"]
     with pytest.raises(ValueError, match="semseg has 12 channels, the data 21"):
         scoring.choose_tasks((), {"semseg": 12}, dataset)
+
+
+# -------------------------------------------------------------------------------- beside transformers
+
+
+def compare_with_transformers(repeats: int = 5) -> None:
+    """Print the largest difference of any block (tiny models, three grids) and the time of a forward pass
+    (ViT-B) of our encoders and transformers', interleaved."""
+    import transformers as t
+    from rich.console import Console
+    from rich.table import Table
+
+    base = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+    real = {  # family -> model of real size, input side in pixels
+        "dinov2": (lambda: t.Dinov2Model(t.Dinov2Config(patch_size=14, image_size=518)), 378),
+        "dinov2-reg": (lambda: t.Dinov2WithRegistersModel(
+            t.Dinov2WithRegistersConfig(patch_size=14, image_size=518)), 378),
+        "clip": (lambda: t.CLIPVisionModel(t.CLIPVisionConfig(patch_size=16)), 384),
+        "siglip": (lambda: t.SiglipVisionModel(t.SiglipVisionConfig(image_size=384)), 384),
+        "dinov3": (lambda: t.DINOv3ViTModel(t.DINOv3ViTConfig(**base, num_register_tokens=4)), 384),
+        "sam": (lambda: t.SamModel(t.SamConfig()), 1024),
+    }
+    torch.set_num_threads(data.core_count())
+    table = Table("family", *GRIDS, "pixels", "ours, s", "theirs, s", "ratio", title=(
+        f"largest |difference| of a block; forward pass of a ViT-B with all blocks kept, batch 1, fp32, "
+        f"{torch.get_num_threads()} threads, medians of {repeats}; transformers {t.__version__}"))
+    for family, (build, pixels) in real.items():
+        differences = [f"{difference_from_transformers(family, grid):.1e}" for grid in GRIDS.values()]
+        theirs = build().eval()
+        with tempfile.TemporaryDirectory() as folder:
+            theirs.save_pretrained(folder)
+            ours = teachers.load_teacher(folder)
+        x, times = torch.randn(1, 3, pixels, pixels), {"ours": [], "theirs": []}
+        runs = {"ours": lambda x=x, net=ours: net.blocks(x),
+                "theirs": lambda x=x, net=theirs, family=family: hub_states(net, family, x)}
+        for i in range(repeats + 1):
+            for name in sorted(runs, reverse=i % 2):
+                start = time.perf_counter()
+                with torch.no_grad():
+                    runs[name]()
+                times[name].append(time.perf_counter() - start)
+        a, b = (float(np.median(times[name][1:])) for name in ("ours", "theirs"))
+        table.add_row(family, *differences, str(pixels), f"{a:.2f}", f"{b:.2f}", f"{a / b:.2f}")
+    Console(width=130).print(table)
+
+
+if __name__ == "__main__":
+    compare_with_transformers()

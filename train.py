@@ -51,7 +51,8 @@ class Args:
     stage: Literal["all", "deconstruct", "recompose"] = "all"  # all: deconstruct, then recompose
     size: Literal["toy", "small", "base", "large"] = "toy"  # student, see `python prism.py`
     data: str = "world"  # world (rendered, cached), world:FOLDER or pascal:FOLDER
-    teachers: tuple[str, ...] = ("toy-clip", "toy-dino", "toy-sam")  # see `python teachers.py`
+    teachers: tuple[str, ...] = ("toy-clip", "toy-dino", "toy-sam")  # `python teachers.py`; or NAME=FOLDER
+    sam_size: int | None = None  # longest side of SAM's input, pixels; less than 1024 is an approximation
     tasks: tuple[str, ...] = ()  # default: all that the data has
     image_size: int = 64  # side of the training images, pixels
 
@@ -62,7 +63,7 @@ class Args:
     distill_weight: float = 1.0  # mu, weight of the distillation terms beside the tasks in recompose
 
     out_dir: Path = Path("out")  # checkpoints and log.jsonl
-    init: Path | None = None  # start from these weights (recompose: default OUT_DIR/deconstruct.pt)
+    init: str | None = None  # our .pt, or a timm ViT: augreg-s, FILE, ... (recompose: OUT_DIR/deconstruct.pt)
     resume: bool = False  # go on from the last checkpoint in OUT_DIR
     seed: int = 0  # of weights, order, augmentation, noise
     device: str | None = None  # default: cuda if there is one, else cpu
@@ -138,8 +139,6 @@ def check_args(args: Args) -> None:
         low = max(args.image_size // patch, 1) * patch
         raise ValueError(f"image size {args.image_size} is not a multiple of the patch size {patch}; "
                          f"use {low} or {low + patch}")
-    if len(set(args.teachers)) != len(args.teachers) or not args.teachers:
-        raise ValueError(f"teachers {' '.join(args.teachers) or '(none)'}; name each once, at least one")
     teachers.check_names(args.teachers)
     if unknown := [task for task in args.tasks if task not in data.TASKS]:
         raise ValueError(f"unknown task {', '.join(unknown)}; known are {', '.join(data.TASKS)}")
@@ -481,54 +480,61 @@ def prepare(args: Args, rt: Runtime, name: str, taught: teachers.Teachers) -> Ru
     student = build_student(args, taught.widths, tasks)
     origin, report = initial_weights(args, name, student)
     student.to(rt.device)
-    optimizer, start = build_optimizer(student, stage), 0
     provenance = {
         "data": dataset.source, "teachers": taught.provenance, "init": origin, "code": git_revision(),
-        "torch": str(torch.__version__), "schedule": schedule_of(args, stage),
+        "torch": str(torch.__version__), "schedule": schedule_of(args, stage, taught),
     }
+    run = Run(name, stage, student, build_optimizer(student, stage), dataset, 0, provenance)
     stored = prism.read_checkpoint(path) if args.resume and path.exists() else None
     if stored and stored["provenance"]["init"] != origin:
         report = f"{path} began with other weights than {origin}: starting over"
     elif stored:
-        start = restore(path, stored, student, optimizer, args, name, stage)
-        report = f"resumed {path} at step {start}"
-    run = Run(name, stage, student, optimizer, dataset, start, provenance)
+        run = run._replace(start=restore(path, stored, run, args.seed))
+        report = f"resumed {path} at step {run.start}"
     if rt.rank == 0:
         print_derived(args, rt, run, report)
     return run
 
 
-def schedule_of(args: Args, stage: Stage) -> dict:
+def schedule_of(args: Args, stage: Stage, taught: teachers.Teachers) -> dict:
     """List what may not change between a checkpoint and the run that resumes it."""
     return {"data": args.data, "batch size": stage.batch_size, "lr": stage.lr,
-            "weight decay": stage.weight_decay, "distill weight": args.distill_weight}
+            "weight decay": stage.weight_decay, "distill weight": args.distill_weight,
+            "teachers": {name: teachers.describe(p) for name, p in taught.provenance.items()}}
 
 
 def initial_weights(args: Args, name: str, student: prism.Prism) -> tuple[str, str]:
     """Fill a new student from --init, or stage 2's from stage 1; returns file with hash, and a report."""
-    path = args.init if args.stage != "all" or name == "deconstruct" else None
-    if path is None and name == "recompose":
-        path = args.out_dir / STAGES["deconstruct"].checkpoint
-    if path is None:
+    source = args.init if args.stage != "all" or name == "deconstruct" else None
+    if source is None and name == "recompose":
+        source = str(args.out_dir / STAGES["deconstruct"].checkpoint)
+    if source is None:
         return "random weights", "random weights"
+    if not source.endswith(".pt"):
+        weights = teachers.read_source(source)
+        report = prism.start_from_vit(student, weights.tensors, weights.path)
+        student.expect(*(weights.hints.get(k, teachers.HALF[k]) for k in ("mean", "std")))
+        return f"{weights.provenance['source']} {weights.provenance['sha256'][:12]}", f"{source}: {report}"
+    path = Path(source)
     stored = prism.read_checkpoint(path)
     report = prism.load_strict(student, stored["model"], path, new=("heads", "task_embed"),
                                dropped=("heads", "task_embed"))
+    student.expect(stored["config"]["mean"], stored["config"]["std"])
     return f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}", f"{path}: {report}"
 
 
-def restore(path: Path, stored: dict, student: prism.Prism, optimizer: torch.optim.Optimizer, args: Args,
-            name: str, stage: Stage) -> int:
+def restore(path: Path, stored: dict, run: Run, seed: int) -> int:
     """Continue from a checkpoint of the same run; returns its step. Raises ValueError where runs differ."""
-    ours = {"stage": name, "seed": args.seed, "steps": stage.steps, "config": asdict(student.cfg),
-            **schedule_of(args, stage)}
+    ours = {"stage": run.name, "seed": seed, "steps": run.stage.steps, "config": asdict(run.student.cfg),
+            **run.provenance["schedule"]}
     theirs = {**{k: stored.get(k) for k in ours}, **stored["provenance"]["schedule"]}
     if differ := [k for k in ours if ours[k] != theirs[k]]:
-        detail = ", ".join(f"{k} {theirs[k]} there, {ours[k]} here" for k in differ if k != "config")
-        raise ValueError(f"cannot resume {path}: {detail or 'size, teachers or tasks differ'}; repeat the "
-                         "command that wrote it, or leave out --resume to start over")
-    prism.load_strict(student, stored["model"], path)
-    optimizer.load_state_dict(stored["optimizer"])
+        detail = ["size, teachers or tasks differ" if k == "config" else
+                  f"{k} {theirs[k]} there, {ours[k]} here" for k in differ]
+        raise ValueError(f"cannot resume {path}: {'; '.join(detail)}; repeat the command that wrote it, or "
+                         "leave out --resume to start over")
+    prism.load_strict(run.student, stored["model"], path)
+    run.optimizer.load_state_dict(stored["optimizer"])
     return stored["step"]
 
 
@@ -613,7 +619,10 @@ def train(args: Args) -> None:
     """Check, raise or load the teachers, run the stages one after the other."""
     check_args(args)
     rt = start_runtime(args.device)
-    taught = first_rank_first(rt, lambda: teachers.Teachers(args.teachers, rt.device, compiles(args, rt)))
+    taught = first_rank_first(
+        rt, lambda: teachers.Teachers(args.teachers, rt.device, compiles(args, rt), args.sam_size))
+    for who, provenance in taught.provenance.items() if rt.rank == 0 else ():
+        print(f"teacher {who}: {teachers.describe(provenance)}")
     for name in stage_names(args.stage):
         run = prepare(args, rt, name, taught)
         if run.start < run.stage.steps:
