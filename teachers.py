@@ -1,16 +1,25 @@
 """Teachers: frozen networks that the student learns to imitate.
 
-    python teachers.py        # raises the toys if need be, and prints what each of them knows
+    python teachers.py                                      # names, sources, licences, what is cached
+    python teachers.py dinov2-b sam-b --image photo.jpg     # fetches both, draws what they see
+    python teachers.py --probe                              # what linear probes read off the toys
 
-| name     | weights: raised here, on the rendered world, by | patch | pixels | width | mean / std |
-|----------|-------------------------------------------------|-------|--------|-------|------------|
-| toy-clip | images against the phrases of their captions    | 8     | 64     | 96    | .5 / .25   |
-| toy-dino | hidden patches told from the others; no labels  | 8     | 64     | 96    | .5 / .25   |
-| toy-sam  | a point -> the mask of the thing there          | 8     | 64     | 64    | .5 / .25   |
+| names                     | patch, pixels | mean / std      | what their files add to a plain ViT         |
+|---------------------------|---------------|-----------------|---------------------------------------------|
+| dinov2-{s,b,l,g}          | 14, 518       | ImageNet        | LayerScale; giant: SwiGLU                   |
+| dinov2-reg-{s,b,l,g}      | 14, 518       | ImageNet        | and 4 registers                             |
+| dinov3-{s,b,l}            | 16, 256       | ImageNet        | LayerScale, 4 registers, RoPE, no key bias  |
+| clip-{b,l,l-336}          | 16/14, 224-336| OpenAI          | LayerNorm before the blocks, QuickGELU      |
+| clip-laion-{b,l}          | 16/14, 336-384| OpenAI, B; .5, L| the same with GELU, fine-tuned on ImageNet  |
+| siglip2-{b,l,so400m}      | 16, 384       | .5 / .5         | tanh GELU, no class token                   |
+| sam-{b,l,h}               | 16, 1024      | ImageNet        | windows, relative positions, no class token |
+| augreg-{s,b,l}            | 16, 384       | .5 / .5         | nothing: where students start (--init)      |
+| toy-clip, -dino, -sam     | 8, 64         | .5 / .25        | nothing: raised here, on the rendered world |
 
-A teacher's four levels are the outputs of four of its blocks, patch tokens only, before any final norm.
-Toys take images of any size: the shorter side is resized to `pixels`, the other one in proportion,
-rounded to whole patches (bilinear, antialiased).
+A teacher's four levels are the outputs of its blocks at a quarter, half, three quarters and all of the
+depth: patch tokens only, before any final norm. Images of any size: both sides are rounded to whole
+patches by resizing, never by cutting (toys: the shorter side becomes 64). SAM gets the longest side at
+1024 and padding at the bottom and right, which is cut off the map again.
 """
 
 import fcntl
@@ -269,7 +278,7 @@ LAYOUTS = [
         "qkv": ".attention.q_proj .attention.k_proj .attention.v_proj", "proj": ".attention.o_proj",
         "norm2": ".norm2", "scale2": ".layer_scale2.lambda1",
         "fc1": ".mlp.up_proj", "fc2": ".mlp.down_proj"},
-        r"norm\.|embeddings\.mask_token", DINO_FLAGS | {"eps": 1e-5, "rope": 100.0},
+        unused=r"norm\.|embeddings\.mask_token", flags=DINO_FLAGS | {"eps": 1e-5, "rope": 100.0},
         zeros=r".*k_proj\.bias"),
     Layout("DINOv2 giant", "encoder.layer.0.mlp.weights_in.weight", "encoder.layer.#",
            DINOV2 | {"fc1": ".mlp.weights_in", "fc2": ".mlp.weights_out"},
@@ -330,7 +339,7 @@ class WeightsFile:
         self.layout = find_layout(self.file, self.path)
         self.prefix = "" if self.layout.mark in self.file else self.layout.prefix
         self.used: set[str] = set()
-        self.missing: list[str] = []
+        self.missing: dict[str, None] = {}  # an ordered set
 
     def keys(self, ours: str) -> list[str]:
         """Translate our key, such as blocks.3.qkv.weight, to the keys that are stacked to make it."""
@@ -347,7 +356,7 @@ class WeightsFile:
         absent = [k for k in keys if k not in self.file and not re.match(self.layout.zeros, k)]
         self.used.update(there)
         if absent or not there:
-            self.missing += absent if needed else []
+            self.missing |= dict.fromkeys(absent if needed else ())
             return None
         zeros = torch.zeros_like(self.file[there[0]])
         return torch.cat([self.file.get(k, zeros) for k in keys]).float()
@@ -357,14 +366,18 @@ class WeightsFile:
         pattern = re.escape(self.prefix + self.layout.block).replace(r"\#", r"(\d+)") + r"\."
         return len({m[1] for k in self.file if (m := re.match(pattern, k))})
 
-    def check(self, problems: Sequence[str] = ()) -> None:
-        """Raise ValueError that names problems, missing and unexpected keys, and the layouts known."""
-        rest = [k for k in self.file if k not in self.used and not re.match(self.layout.unused, k)]
-        texts = [f"{len(keys)} keys {what} ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})"
-                 for what, keys in (("missing", self.missing), ("unexpected", rest)) if keys]
-        if problems or texts:
+    def unexpected(self) -> list[str]:
+        """List what nobody asked for, beyond what the family's files hold for other ends."""
+        return [k for k in self.file if k not in self.used and not re.match(self.layout.unused, k)]
+
+    def fail_on(self, *problems: str, unexpected: Sequence[str] = ()) -> None:
+        """Raise ValueError that names problems, missing and unexpected keys, if there are any."""
+        problems = [*problems, *(
+            f"{len(keys)} keys {what} ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})"
+            for what, keys in (("missing", list(self.missing)), ("unexpected", unexpected)) if keys)]
+        if problems:
             raise ValueError(f"{self.path} looks like {self.layout.family} but does not fit: "
-                             f"{'; '.join([*problems, *texts])}; layouts known: {layouts_known()}")
+                             f"{'; '.join(problems)}; layouts known: {layouts_known()}")
 
 
 def layouts_known() -> str:
@@ -394,10 +407,9 @@ def read_encoder(weights: Weights) -> tuple[Encoder, str]:
     registers = file.get("registers", needed=hints.get("registers", "rope" in flags))
     patch, norm, fc1, fc2 = (file.get(f"{name}.weight") for name in (
         "patch_embed", "blocks.0.norm1", "blocks.0.fc1", "blocks.0.fc2"))
-    if file.missing:
-        file.check()
+    file.fail_on()
     if patch.ndim != 4:
-        file.check([f"patches are embedded by a matrix {tuple(patch.shape)}, not by a convolution"])
+        file.fail_on(f"patches are embedded by a matrix {tuple(patch.shape)}, not by a convolution")
     prefix = [] if cls is None else [cls.reshape(1, 1, -1)]
     table = None
     if pos is not None:
@@ -414,8 +426,8 @@ def read_encoder(weights: Weights) -> tuple[Encoder, str]:
             i for i, side in enumerate(sides) if side == table.shape[2])}
     heads = flags.pop("heads", None) or (dim // offsets[0].shape[1] if offsets else HEADS.get(dim))
     if not heads or dim % heads:
-        file.check([f"{heads or 'an unknown number of'} heads do not divide the width {dim}: a config.json "
-                    "beside the file must give num_attention_heads"])
+        file.fail_on(f"{heads or 'an unknown number of'} heads do not divide the width {dim}: a config.json "
+                     "beside the file must give num_attention_heads")
     encoder = Encoder(EncoderConfig(
         dim=dim, depth=depth, heads=heads, hidden=fc2.shape[1], patch=patch.shape[-1],
         grid=(0, 0) if table is None else tuple(table.shape[2:]),
@@ -426,7 +438,7 @@ def read_encoder(weights: Weights) -> tuple[Encoder, str]:
     wrong = [f"{' + '.join(file.keys(k)) or k} is {tuple(state[k].shape)} instead of {tuple(own.shape)}"
              for k, own in encoder.state_dict().items()
              if state[k] is not None and state[k].shape != own.shape]
-    file.check(wrong[:4])
+    file.fail_on(*wrong[:4], unexpected=file.unexpected())
     encoder.load_state_dict(state)
     return encoder, file.layout.family
 
@@ -439,7 +451,7 @@ def split_positions(pos: Tensor, file: WeightsFile) -> tuple[Tensor | float, Ten
     side = math.isqrt(len(pos))
     extra = len(pos) - side * side
     if extra > 1:
-        file.check([f"{file.keys('pos')[0]} has {len(pos)} rows, with or without a class token no square"])
+        file.fail_on(f"{file.keys('pos')[0]} has {len(pos)} rows, with or without a class token no square")
     table = rearrange(pos[extra:], "(h w) d -> 1 d h w", h=side)
     return (pos[None, :1] if extra else 0.0), table
 
@@ -1369,6 +1381,7 @@ def main(args: Args) -> None:
         raise ValueError(f"one --sha256 for {len(args.names)} teachers; name one")
     device = prism.choose_device(args.device)
     photos = {path.name: data.read_photo(path) for path in args.image}
+    raise_missing([source for source in args.names if source in TOYS], device)
     members = {}
     for source in args.names:
         members[source] = load_teacher(source, args.size, device, args.sha256)

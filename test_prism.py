@@ -1060,6 +1060,23 @@ def test_stored_numbers_are_those_of_transformers(family, tmp_path):
         assert found == pytest.approx(stored, abs=1e-5), (grid, found)
 
 
+@pytest.mark.parametrize("family", ["dinov3", "sam"])
+def test_encoders_compile_whole_and_run_in_bfloat16(family, tmp_path):
+    """A graph break or a recompilation per number of images on the GPU; a dtype that autocast does not
+    expect, a residual stream that loses its float32."""
+    teacher = teachers.load_teacher(tiny_folder(tmp_path, family))
+    compiled = torch.compile(teacher.encoder, fullgraph=True, dynamic=True, backend="eager")
+    for B in (2, 3):
+        x = tiny_pixels(family, (3, 7)).repeat(B, 1, 1, 1)
+        expected = teacher.encoder(x, teacher.levels)
+        for a, b in zip(compiled(x, teacher.levels), expected, strict=True):
+            torch.testing.assert_close(a, b)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = teacher.encoder(x, teacher.levels)
+    for a, b in zip(rough, expected, strict=True):
+        assert a.dtype == torch.float32 and 0 < (a - b).abs().max() < 0.05 * b.abs().max()
+
+
 DINO_NAMES = {  # ours, from the hub's, to those of other files; @ marks parts to be stacked
     r"embeddings\.((cls|mask)_token)": r"\1", r"embeddings\.register_tokens": "register_tokens",
     r"embeddings\.position_embeddings": "pos_embed",
@@ -1232,6 +1249,13 @@ def test_images_are_resized_to_whole_patches(tmp_path):
         teachers.load_teacher(str(tmp_path), size=13)
 
 
+@pytest.mark.parametrize("depth, levels", [(12, [2, 5, 8, 11]), (24, [5, 11, 17, 23]), (27, [5, 12, 19, 26])])
+def test_levels_are_quarters_of_the_depth(depth, levels):
+    """Levels of the wrong blocks: of the first one, say, where the paper has a quarter of the depth."""
+    cfg = replace(teachers.EncoderConfig(), dim=6, hidden=6, depth=depth)
+    assert teachers.Teacher(teachers.Encoder(cfg), None, {}).levels == levels
+
+
 def test_sam_pads_after_normalising_and_crops_the_map(tmp_path):
     """SAM's padding left in the map: the student would be stretched over it; padding that is normalised."""
     teacher = teachers.load_teacher(tiny_folder(tmp_path, "sam"))  # 20 pixels, 5 x 5 patches
@@ -1243,6 +1267,7 @@ def test_sam_pads_after_normalising_and_crops_the_map(tmp_path):
     for level, depth_map in zip(teacher.features(image), expected, strict=True):
         torch.testing.assert_close(level, depth_map)
     assert teacher.features(image.transpose(2, 3))[0].shape == (2, 16, 5, 3)
+    assert teacher.resized(27, 40) == (14, 20), "13.5 pixels are rounded up, as SAM does"
     assert "approximation" not in teacher.provenance
     large = teachers.load_teacher(str(tmp_path), size=40)
     assert large.features(image)[0].shape == (2, 16, 6, 10)  # 26 pixels: 6.5 patches, rounded to even
