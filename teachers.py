@@ -501,13 +501,14 @@ SOURCES = {
 }
 
 
-REPO = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")  # owner/name@revision
+# owner/name@revision; what ends like a file is none, but a file that is not there
+REPO = re.compile(r"(?!.*\.(?:safetensors|pth|pt|bin)$)([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
 def check_source(source: str) -> None:
     """Raise ValueError for a source that cannot be one, before anything is fetched or raised."""
-    if source not in TOYS and source not in SOURCES and not Path(source).expanduser().exists() \
-            and not REPO.fullmatch(source):
+    known = source in TOYS or source in SOURCES or Path(source).expanduser().exists()
+    if not known and not REPO.fullmatch(source):
         raise ValueError(f"unknown teacher {source}: no such name, file or folder; names are "
                          f"{', '.join((*TOYS, *SOURCES))}; or give a hub repo as owner/name@revision")
 
@@ -519,6 +520,8 @@ def read_source(source: str, sha256: str | None = None) -> Weights:
     must have. Raises ValueError or OSError.
     """
     check_source(source)
+    if source in TOYS:
+        raise ValueError(f"{source} is raised, not read from a file; name other weights")
     path, repo = Path(source).expanduser(), None
     if source in SOURCES or not path.exists():
         repo = SOURCES[source].repo if source in SOURCES else source
@@ -533,7 +536,7 @@ def read_source(source: str, sha256: str | None = None) -> Weights:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     record = read_json(path.parent / "source.json")
     expected = sha256 or (record.get("sha256") if record.get("file") == path.name else None)
-    if expected not in (None, digest):
+    if expected and expected.lower() != digest:
         raise ValueError(f"{path} has sha256 {digest} instead of {expected}; delete it and fetch it again")
     known = {s.repo: s.licence for s in SOURCES.values()}
     provenance = {"source": repo or Path(source).name, "commit": record.get("commit"), "file": path.name,
@@ -1402,16 +1405,17 @@ def list_teachers() -> None:
                   title=f"teachers; cache: {data.cache_folder()}")
     for name, toy in TOYS.items():
         cfg, path = toy.encoder, toy_path(name)
-        table.add_row(name, f"raised here: {toy.objective.__name__}", f"{cfg.dim} x {cfg.depth}", "0.3",
-                      str(cfg.patch), str(cfg.patch * cfg.grid[0]), "MIT", megabytes([path]))
+        table.add_row(name, f"raised here: {toy.objective.__name__}", f"{cfg.dim} x {cfg.depth}",
+                      f"{8e-6 * cfg.dim**2 * cfg.depth:.1f}", str(cfg.patch), str(cfg.patch * cfg.grid[0]),
+                      "MIT", megabytes([path]))
     for name, s in SOURCES.items():
         files = [repo_folder(s.repo) / file for file in WEIGHTS]
         table.add_row(name, s.repo, f"{s.width} x {s.depth}", f"{12e-6 * s.width**2 * s.depth:.0f}",
                       str(s.patch), str(s.pixels), s.licence, megabytes(files))
     console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(table)
-    print("M: millions of weights in the blocks. Any hub repo, folder or file of these layouts works, too: "
-          f"{layouts_known()}")
+    print("M: about so many million weights in the blocks. A hub repo, folder or file of your own works, "
+          f"too, in one of these layouts: {layouts_known()}")
 
 
 def megabytes(paths: Sequence[Path]) -> str:

@@ -1210,7 +1210,9 @@ def test_files_that_do_not_fit_are_named(change, message, tmp_path):
 
 def test_bad_sources_are_named(tmp_path):
     """A typo that becomes a download; damaged files; heads guessed wrong; another file than was meant."""
-    for source in ("dinov2", "sam_b", "/nowhere/model.safetensors"):
+    with pytest.raises(ValueError, match="toy-clip is raised, not read"):
+        teachers.read_source("toy-clip")
+    for source in ("dinov2", "sam_b", "/nowhere/model.safetensors", "out/typo.pth"):
         with pytest.raises(ValueError, match=f"unknown teacher {source}.*dinov2-b"):
             teachers.load_teacher(source)
     folder = tmp_path / "empty"
