@@ -1,8 +1,8 @@
-"""Data: the rendered world and PASCAL-Context, their transforms, and a loader that can resume.
+"""Data: the rendered world, PASCAL-Context and NYUDv2, their transforms, a loader that can resume.
 
     python data.py                    renders the world once and draws a contact sheet
     python data.py --show /data/PASCALContext
-    python data.py --check /data/PASCALContext
+    python data.py --check /data/NYUDv2
 
 Folder layout: PASCAL-Context as its multi-task archives ship it; the world adds the last three
     JPEGImages/<id>.jpg               RGB
@@ -18,6 +18,15 @@ Folder layout: PASCAL-Context as its multi-task archives ship it; the world adds
     captions.json                     {id: {"caption": str, "things": [...]}}
     meta.json                         classes, parts, size, seed, counts, format version
 
+Folder layout: NYUDv2 as SAK, PRISM and InvPT ship it (PACKAGINGS: the endings of others)
+    images/<id>.png                   RGB
+    segmentation/<id>.png             class ids plus 1, 0 = void
+    normals/<id>.png                  RGB, n = 2 v / 255 - 1; zero, so unknown, in float files alone
+    edge/<id>.png                     gray, 0 or 255; the lines that edges are trained on
+    edge_mat/<id>.mat                 groundTruth{1}.Boundaries, scored against where it exists
+    depth/<id>.npy                    float metres, 0 = unknown
+    gt_sets/<split>.txt               one id per line
+
 A sample before and after the transforms. H, W: native size; S: the size that networks see.
     key          dataset.read(i), numpy              dataset[i], torch
     image        (H, W, 3) uint8                     (3, S, S) float32 RGB in [0, 1]
@@ -28,9 +37,12 @@ A sample before and after the transforms. H, W: native size; S: the size that ne
     sal          (H, W) uint8 {0, 1}                 (S, S) int64, 255 = ignore
     depth        (H, W) float32 metres, 0 = unknown  (S, S) float32 metres, 255 = ignore
     name         str                                 str
-`read` adds labelmap (H, W) int32; the world also instance (the same array), caption and things.
+PASCAL-Context labels the first five tasks, NYUDv2 semseg, normals, edge and depth, a world all in
+its layout. `read` adds labelmap (H, W) int32, whose boundaries are scored (NYUDv2: a map of lines);
+the world also instance (the same array, PASCAL layout only), caption and things.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -86,13 +98,24 @@ def check_tasks(names: Iterable[str]):
             raise ValueError(f'task "{name}" is unknown; use {", ".join(TASKS)}')
 
 
-FILES = {  # of every sample; the world adds depth
+FILES = {  # of every sample of PASCAL-Context; the world adds depth
     "image": "JPEGImages/{}.jpg", "labelmap": "pascal-context/trainval/{}.mat",
     "semseg": "semseg/pascal-context/{}.png", "human_parts": "human_parts/{}.mat",
     "sal": "sal_distill/{}.png", "normals": "normals_distill/{}.png",
 }
 PASCAL_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable "
                   "dog horse motorbike person pottedplant sheep sofa train tvmonitor").split()
+NYUD_CLASSES = ("wall,floor,cabinet,bed,chair,sofa,table,door,window,bookshelf,picture,counter,blinds,"
+                "desk,shelves,curtain,dresser,pillow,mirror,floor mat,clothes,ceiling,books,"
+                "refridgerator,television,paper,towel,shower curtain,box,whiteboard,person,night stand,"
+                "toilet,sink,lamp,bathtub,bag,otherstructure,otherfurniture,otherprop").split(",")
+NYUD_FOLDERS = {"image": "images", "semseg": "segmentation", "normals": "normals", "edge": "edge",
+                "depth": "depth"}
+PACKAGINGS = {  # of NYUDv2: who ships it, and its file endings in the order of the folders above
+    "NYUDv2 of SAK, PRISM and InvPT": "png png png png npy",
+    "NYUD_MT of MTI-Net and ATRC": "jpg png npy npy npy",
+    "NYUD_MT of ASTMT": "jpg mat jpg png mat",
+}
 PERSON = 15  # class_ind of people in the PASCAL-Part files
 PART_FILE_NAMES = ("", "head hair lear rear lebrow rebrow leye reye mouth nose", "torso neck",
                    "luarm ruarm", "llarm rlarm lhand rhand", "luleg ruleg", "llleg rlleg lfoot rfoot")
@@ -684,6 +707,7 @@ class WorldSettings:
     val: int = 256
     probe: int = 768
     seed: int = 0
+    layout: Literal["pascal", "nyud"] = "pascal"  # of the files: all six tasks, or NYUDv2's four
 
 
 def struct_array(fields: str, rows: list[tuple]) -> np.ndarray:
@@ -724,19 +748,24 @@ def scene_objects(scene: dict, least: float) -> list[tuple]:
     return objects or [nothing]  # the format wants one object at least
 
 
-def write_scene(root: Path, name: str, scene: dict[str, np.ndarray]) -> list[int]:
+def write_scene(root: Path, name: str, scene: dict[str, np.ndarray], layout: str) -> list[int]:
     """Write one scene of `render` as files; returns its entry of ImageSets/Parts."""
-    path = sample_paths(root, World.files, name)
+    path = sample_paths(root, WORLDS[layout].files, name)
     least = 12 * (len(scene["image"]) / 64) ** 2  # people do not label smaller specks: void
     specks = np.bincount(scene["instance"].ravel(), minlength=256) < least
     semseg = np.where(specks[scene["instance"]], np.uint8(IGNORE), scene["semseg"])
-    normals = np.rint((scene["normals"] + 1) * 127.5).astype(np.uint8)
-    Image.fromarray(scene["image"]).save(path["image"], quality=95, subsampling=0)
-    for key, array in ("semseg", semseg), ("sal", scene["sal"] * 255), ("normals", normals):
+    pictures = {"normals": np.rint((scene["normals"] + 1) * 127.5).astype(np.uint8)}
+    if layout == "nyud":
+        edge = boundary_label(scene["instance"]) * np.uint8(255)
+        pictures |= {"image": scene["image"], "semseg": semseg + np.uint8(1), "edge": edge}  # 255 -> 0
+    else:
+        Image.fromarray(scene["image"]).save(path["image"], quality=95, subsampling=0)
+        pictures |= {"semseg": semseg, "sal": scene["sal"] * 255}
+        savemat(path["labelmap"], {"LabelMap": scene["instance"].astype(np.uint16)})
+    for key, array in pictures.items():
         Image.fromarray(array).save(path[key], compress_level=1)
-    savemat(path["labelmap"], {"LabelMap": scene["instance"].astype(np.uint16)})
     np.save(path["depth"], scene["depth"].astype(np.float32))
-    return write_parts(path["human_parts"], name, scene_objects(scene, least))
+    return [] if layout == "nyud" else write_parts(path["human_parts"], name, scene_objects(scene, least))
 
 
 def write_scenes(task: tuple[Path, WorldSettings, str, range]) -> dict[str, tuple]:
@@ -746,7 +775,8 @@ def write_scenes(task: tuple[Path, WorldSettings, str, range]) -> dict[str, tupl
     scenes, written = render(seed, indices, settings.size), {}
     for b, index in enumerate(indices):
         name = f"{split}_{index:06d}"
-        entry = write_scene(root, name, {key: value[b] for key, value in scenes.items()})
+        scene = {key: value[b] for key, value in scenes.items()}
+        entry = write_scene(root, name, scene, settings.layout)
         things = scenes["attributes"][b]["things"]
         written[name] = entry, {"caption": scenes["captions"][b], "things": things}
     return written
@@ -755,28 +785,35 @@ def write_scenes(task: tuple[Path, WorldSettings, str, range]) -> dict[str, tupl
 def write_lists(root: Path, settings: WorldSettings, key: str, written: dict[str, tuple]):
     """Write all that is not one file per scene: splits, class lists, captions, meta.json."""
     written = dict(sorted(written.items()))
-    for split in SPLITS:
-        parts = {name: entry for name, (entry, _) in written.items() if name.startswith(split)}
-        (root / f"ImageSets/Context/{split}.txt").write_text("".join(f"{n}\n" for n in parts))
-        (root / f"ImageSets/Parts/{split}.txt").write_text(json.dumps(parts))
-    context = {"wall": 1, "floor": 2}
-    context |= {f"{CLASSES[k // 16]} {k % 16}": k for k in range(32, 16 * len(CLASSES))}
     content = {
-        "json/context_classes": context,
-        "json/nyu_classes": {n: k for n, k in context.items() if not n.startswith("plant")},
-        "json/pascal_part": {PERSON: PART_IDS},
         "captions": {name: caption for name, (_, caption) in written.items()},
         "meta": {"format": FORMAT, "key": key, "size": settings.size, "seed": settings.seed,
                  "counts": {split: getattr(settings, split) for split in SPLITS},
                  "classes": CLASSES, "parts": PARTS},
     }
+    if settings.layout == "pascal":
+        context = {"wall": 1, "floor": 2}
+        context |= {f"{CLASSES[k // 16]} {k % 16}": k for k in range(32, 16 * len(CLASSES))}
+        content |= {
+            "json/context_classes": context,
+            "json/nyu_classes": {n: k for n, k in context.items() if not n.startswith("plant")},
+            "json/pascal_part": {PERSON: PART_IDS},
+        }
+    for split in SPLITS:
+        parts = {name: entry for name, (entry, _) in written.items() if name.startswith(split)}
+        lists = root / WORLDS[settings.layout].lists
+        (lists / f"{split}.txt").write_text("".join(f"{name}\n" for name in parts))
+        if settings.layout == "pascal":
+            (root / f"ImageSets/Parts/{split}.txt").write_text(json.dumps(parts))
     for name, value in content.items():
         (root / f"{name}.json").write_text(json.dumps(value))
 
 
 def write_world(root: Path, settings: WorldSettings, key: str):
     """Render every split into an empty folder, on all cores."""
-    for pattern in (*World.files.values(), "ImageSets/Context/.", "ImageSets/Parts/.", "json/."):
+    reader = WORLDS[settings.layout]
+    more = ("ImageSets/Parts/.", "json/.") if settings.layout == "pascal" else ()
+    for pattern in (*reader.files.values(), f"{reader.lists}/.", *more):
         os.makedirs(root / os.path.dirname(pattern))
     tasks = [(root, settings, split, range(getattr(settings, split))[first : first + 32])
              for split in SPLITS for first in range(0, getattr(settings, split), 32)]
@@ -803,19 +840,27 @@ def core_count() -> int:
 
 
 def cache_folder() -> Path:
-    """Return where rendered worlds and toy teachers are kept."""
+    """Return where rendered worlds, decoded labels and teachers are kept."""
     return Path(os.environ.get("PRISM_CACHE") or "~/.cache/prism").expanduser()
 
 
 def world_key(settings: WorldSettings) -> str:
     """Hash all that decides the files: settings, file format, the renderer's own source."""
-    source = Path(__file__).read_text()
-    renderer = source.partition("# === rendered world")[2].partition("# === the world on disk")[0]
-    text = json.dumps([FORMAT, asdict(settings), renderer])
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    content = {name: value for name, value in asdict(settings).items() if value != "pascal"}
+    return hash_of(FORMAT, content, own_source("rendered world", "the world on disk"))
 
 
-def render_world(root: str | Path | None = None, **settings: int) -> Path:
+def own_source(section: str, following: str) -> str:
+    """Return the text of one section of this file."""
+    return Path(__file__).read_text().partition(f"# === {section}")[2].partition(f"# === {following}")[0]
+
+
+def hash_of(*content) -> str:
+    """Hash whatever JSON can write to 12 letters."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+
+
+def render_world(root: str | Path | None = None, **settings: int | str) -> Path:
     """Render the world unless it is there already; returns its folder.
 
     root: where to put it; None: a folder of $PRISM_CACHE (default ~/.cache/prism), one per world.
@@ -872,6 +917,41 @@ def load_picture(path: Path, mode: str | None = None) -> np.ndarray:
     """Read an image as (H, W) or (H, W, 3) uint8; without a mode, palette files keep their ids."""
     with Image.open(path) as picture:
         return np.array(picture.convert(mode) if mode else picture)
+
+
+def load_array(path: Path, field: str = "", mode: str | None = None) -> np.ndarray:
+    """Read an array from a .npy file, a field of a .mat file, or an image as `load_picture` does."""
+    if path.suffix == ".npy":
+        return np.load(path)
+    if path.suffix != ".mat":
+        return load_picture(path, mode)
+    field, *inner = field.split(".")
+    array = loadmat(path)[field]
+    for name in inner:
+        array = array[0, 0][name][0, 0]
+    return array
+
+
+def load_label(path: Path, shape: tuple[int, ...], most: float = math.inf, least: float = 0, **how):
+    """Read a label as `load_array` does; raise ValueError unless it has that shape and range."""
+    array = decode_file(path, lambda path: load_array(path, **how))
+    if array.shape != shape:
+        raise ValueError(f"{path} has size {array.shape}, its image {shape[:2]}; "
+                         "put the matching label there")
+    check_range(path, array, most, least)
+    return array
+
+
+def check_range(path: Path, array: np.ndarray, most: float, least: float = 0):
+    """Raise ValueError if values read from that file are outside least .. most, or nan."""
+    if array.size and not (least <= array.min() and array.max() <= most):
+        raise ValueError(f"{path} holds {array.min():g} .. {array.max():g}, not {least:g} .. {most:g}; "
+                         "put an intact copy there")
+
+
+def decode_normals(coded: np.ndarray) -> np.ndarray:
+    """Turn uint8 colours (H, W, 3) into float32 normals; not renormalised, as released."""
+    return np.float32(2) * coded / np.float32(255) - 1
 
 
 def read_photo(path: Path, longest: int = 1024) -> np.ndarray:
@@ -954,10 +1034,10 @@ def boundary_label(labelmap: np.ndarray) -> np.ndarray:
 
 
 def sample_paths(root: Path, files: dict[str, str], name: str) -> dict[str, Path]:
-    """Return the files of a sample; where semseg/VOC12 has it, that is its semseg."""
+    """Return the files of a sample; some labels have a better file, which is used where it exists."""
+    better = {"semseg": root / f"semseg/VOC12/{name}.png", "labelmap": root / f"edge_mat/{name}.mat"}
     paths = {key: root / pattern.format(name) for key, pattern in files.items()}
-    better = root / f"semseg/VOC12/{name}.png"
-    return paths | {"semseg": better} if better.exists() else paths
+    return paths | {key: path for key, path in better.items() if path.exists()}
 
 
 def missing_files(root: Path, files: dict[str, str], ids: list[str]) -> dict[str, list[Path]]:
@@ -968,6 +1048,12 @@ def missing_files(root: Path, files: dict[str, str], ids: list[str]) -> dict[str
             if not path.exists():
                 missing[key].append(path)
     return missing
+
+
+def stamps(*paths: Path) -> list[int]:
+    """Return size and time of change of files, by which a change of their content is noticed."""
+    states = [decode_file(path, os.stat) for path in paths]
+    return [number for state in states for number in (state.st_size, state.st_mtime_ns)]
 
 
 class Samples(Dataset):
@@ -1022,34 +1108,76 @@ class Samples(Dataset):
             return error
 
 
-class PascalContext(Samples):
-    """PASCAL-Context with its five tasks; every label file of every id must be there.
+class LabelFolder(Samples):
+    """A data set on disk: a list of ids per split, a file per id and label; each must be there.
 
-    train: None means "is this the split called train". Further options as Samples.
+    A subclass gives what stands below and `decode_labels`. train: None means "is this the split
+    called train". Further options as Samples.
     Raises FileNotFoundError or ValueError, one line that names the file.
     """
 
-    kind = "pascal"
-    files = FILES
-    classes = {"semseg": PASCAL_CLASSES, "human_parts": PARTS}
-    max_dist = 0.0075  # tolerance of boundary scores, share of the image diagonal
+    kind: str  # in front of the folder in what open_data takes
+    packaging: str  # whose layout it is
+    origin: str  # what to do about missing files
+    lists: str  # folder of the lists of ids
+    files: dict[str, str]  # label -> path of its file, {} for the id
+    default_size = (512, 512)  # that networks see, pixels
+    classes: dict[str, Sequence[str]]
+    max_dist: float  # tolerance of boundary scores, share of the image diagonal
 
     def __init__(self, root: str | Path, split: str, size: int | tuple[int, int] | None = None,
                  train: bool | None = None, seed: int = 0, **options):
         self.root, self.split = Path(root), split
         self.source = f"{self.kind}:{self.root.resolve()}"  # what open_data takes
-        listed = self.root / f"ImageSets/Context/{split}.txt"
+        listed = self.root / self.lists / f"{split}.txt"
         if not listed.exists():
             known = ", ".join(sorted(path.stem for path in listed.parent.glob("*.txt"))) or "none"
             raise FileNotFoundError(f"{listed} is missing; splits of this folder: {known}")
         train = split == "train" if train is None else train
-        super().__init__(listed.read_text().split(), size or (512, 512), train, seed, **options)
+        super().__init__(listed.read_text().split(), size or self.default_size, train, seed, **options)
+        self.packaging, self.files = self.find_files(self.root)
         missing = sum(missing_files(self.root, self.files, self.ids).values(), [])
         if missing:
             raise FileNotFoundError(f"{missing[0]} is missing, {len(missing)} files in all; "
                                     f"see `python data.py --check {self.root}`")
         self.tasks = {task: row.channels or len(self.classes[task])
                       for task, row in TASKS.items() if task in (*self.files, "edge")}
+
+    @classmethod
+    def find_files(cls, root: Path) -> tuple[str, dict[str, str]]:
+        """Return `packaging` and `files` as they are in that folder."""
+        return cls.packaging, cls.files
+
+    def decode(self, name: str, labels: bool) -> dict:
+        path = sample_paths(self.root, self.files, name)
+        image = decode_file(path["image"], lambda path: load_picture(path, "RGB"))
+        return {"image": image, **(self.decode_labels(path, image.shape[:2], name) if labels else {}),
+                "name": name}
+
+    def decode_labels(self, path: dict[str, Path], shape: tuple[int, int], name: str) -> dict:
+        """Read every label of an image of that (H, W)."""
+        raise NotImplementedError
+
+
+class PascalContext(LabelFolder):
+    """PASCAL-Context with its five tasks.
+
+    decoded: keep what is made of .mat files, 30 KB an image, in a folder of $PRISM_CACHE. Parts
+    (15 ms at 375 x 500), edges (3) and LabelMap are then read in 1.4 ms, a whole sample in 14, not 32.
+    """
+
+    kind = "pascal"
+    packaging = "PASCALContext of SAK, PRISM and InvPT (PASCAL_MT of MTI-Net and ASTMT is the same inside)"
+    origin = "get PASCALContext from Google Drive, id 1TWZydr5_r4hKDM5Zyzrcq712Stg2cw7p"
+    lists = "ImageSets/Context"
+    files = FILES
+    classes = {"semseg": PASCAL_CLASSES, "human_parts": PARTS}
+    max_dist = 0.0075
+
+    def __init__(self, root: str | Path, split: str, *place, decoded: bool = True, **options):
+        super().__init__(root, split, *place, **options)
+        key = hash_of(str(self.root.resolve()), own_source("readers", "transforms"))
+        self.decoded = cache_folder() / f"decoded/{self.kind}-{key}" if decoded else None
         self.valid_normals, self.part_lists = self.read_valid_normals(), self.read_part_lists()
 
     def read_valid_normals(self) -> list[int]:
@@ -1063,60 +1191,133 @@ class PascalContext(Samples):
         """Return the objects of each image; from the part files if the list does not fit."""
         path = self.root / f"ImageSets/Parts/{self.split}.txt"
         lists = load_json(path) if path.exists() else {}
-        if set(lists) != set(self.ids):
-            print(f"{path} does not list this split; building the list from {len(self)} files")
-            files = [self.root / self.files["human_parts"].format(name) for name in self.ids]
-            lists = {path.stem: [index if mask.any() else -1 for index, mask, _
-                                 in decode_file(path, load_objects)] for path in files}
-        return lists
+        if set(lists) == set(self.ids):
+            return lists
+        files = [self.root / self.files["human_parts"].format(name) for name in self.ids]
 
-    def decode(self, name: str, labels: bool) -> dict:
-        path = sample_paths(self.root, self.files, name)
-        image = decode_file(path["image"], lambda path: load_picture(path, "RGB"))
-        return {"image": image, **(self.decode_labels(path, image.shape[:2], name) if labels else {}),
-                "name": name}
+        def build() -> dict[str, np.ndarray]:
+            print(f"{path} does not list this split; building the list from {len(self)} files")
+            built = {file.stem: [index if mask.any() else -1 for index, mask, _
+                                 in decode_file(file, load_objects)] for file in files}
+            return {"lists": np.array(json.dumps(built))}
+
+        built = self.keep(f"parts-{hash_of(self.ids)}", stamps(*files), build)
+        return json.loads(str(built["lists"]))
+
+    def keep(self, name: str, stamp: list[int], make) -> dict[str, np.ndarray]:
+        """Return make(), from the second time on out of a file, until `stamp` is another."""
+        if self.decoded is None:
+            return make()
+        path = self.decoded / f"{name}.npz"
+        try:
+            with np.load(path) as stored:
+                if stored["stamp"].tolist() == stamp:
+                    return {key: stored[key] for key in stored.files if key != "stamp"}
+        except Exception:  # not there yet, or damaged, of which zip and numpy raise whatever they like
+            pass
+        arrays = make()
+        part = path.with_name(f".{name}.{uuid.uuid4().hex}.npz")
+        try:
+            self.decoded.mkdir(parents=True, exist_ok=True)
+            np.savez_compressed(part, stamp=np.array(stamp), **arrays)
+            part.replace(path)  # whole or not at all, whoever else writes it now
+        except OSError as error:
+            print(f"{self.decoded} cannot be written ({error.strerror}), so labels are decoded anew "
+                  "each time; set PRISM_CACHE to another disk")
+            self.decoded = None
+            with contextlib.suppress(OSError):
+                part.unlink()
+        return arrays
 
     def decode_labels(self, path: dict[str, Path], shape: tuple[int, int], name: str) -> dict:
-        """Read every label of an image of that (H, W)."""
+        person = PERSON in self.part_lists[name]
 
-        def load(key, decode):
-            array = decode_file(path[key], decode)
-            if array.shape[:2] != shape:
-                raise ValueError(f"{path[key]} has size {array.shape[:2]}, its image {shape}; "
-                                 "put the matching label there")
-            return array
+        def decode_slowly() -> dict[str, np.ndarray]:
+            labelmap = load_label(path["labelmap"], shape, field="LabelMap").astype(np.int32)
+            parts = np.zeros(shape, np.uint8)
+            if person:
+                parts = decode_file(path["human_parts"], lambda path: load_human_parts(path, shape))
+            return {"human_parts": parts, "edge": boundary_label(labelmap), "labelmap": labelmap}
 
-        labelmap = load("labelmap", lambda path: loadmat(path)["LabelMap"].astype(np.int32))
-        normals = load("normals", lambda path: load_picture(path, "RGB"))
-        normals = np.float32(2) * normals / np.float32(255) - 1  # not renormalised, as released
-        normals[~np.isin(labelmap, self.valid_normals)] = 0
-        labels = {
-            "semseg": load("semseg", load_picture),
-            "human_parts": np.zeros(shape, np.uint8),
-            "normals": normals,
-            "edge": boundary_label(labelmap),
-            "sal": (load("sal", lambda path: load_picture(path, "L")) >= 128).astype(np.uint8),
-            "labelmap": labelmap,
-        }
-        if PERSON in self.part_lists[name]:
-            labels["human_parts"] = load("human_parts", lambda path: load_human_parts(path, shape))
-        return labels | ({"depth": load("depth", np.load)} if "depth" in path else {})
+        stamp = [*shape, person, *stamps(path["labelmap"], path["human_parts"])]
+        labels = self.keep(name, stamp, decode_slowly)
+        semseg = load_label(path["semseg"], shape)
+        check_range(path["semseg"], semseg[semseg != IGNORE], len(self.classes["semseg"]) - 1)
+        normals = decode_normals(load_label(path["normals"], (*shape, 3), mode="RGB"))
+        normals[~np.isin(labels["labelmap"], self.valid_normals)] = 0
+        sal = (load_label(path["sal"], shape, mode="L") >= 128).astype(np.uint8)
+        labels |= {"semseg": semseg, "normals": normals, "sal": sal}
+        return labels | ({"depth": load_label(path["depth"], shape)} if "depth" in path else {})
 
 
-class World(PascalContext):
-    """The rendered world: all six tasks, captions, and LabelMaps that are instance maps.
+def nyud_files(packaging: str) -> dict[str, str]:
+    """Return the files of a packaging of NYUDv2, as LabelFolder has them."""
+    endings = PACKAGINGS[packaging].split()
+    return {key: f"{folder}/{{}}.{ending}" for (key, folder), ending in
+            zip(NYUD_FOLDERS.items(), endings, strict=True)}
+
+
+class NYUDv2(LabelFolder):
+    """NYUDv2 with its four tasks, in any of PACKAGINGS.
+
+    Nothing is kept decoded: of 14 ms at 425 x 560, 10 go into two PNG files, which no packing
+    of the same pixels makes much faster.
+    """
+
+    kind = "nyud"
+    packaging = next(iter(PACKAGINGS))
+    origin = "get NYUDv2 from Google Drive, id 1rj3tHdQVYqe-Y3mpxv4EgWsiqgq3z87H"
+    lists = "gt_sets"
+    files = nyud_files(packaging)
+    default_size = (448, 576)
+    classes = {"semseg": NYUD_CLASSES}
+    max_dist = 0.011
+
+    @classmethod
+    def find_files(cls, root: Path) -> tuple[str, dict[str, str]]:
+        """Tell the packaging by its file endings; an empty folder fits any. Raises ValueError."""
+        found = {folder: {path.suffix[1:] for path in (root / folder).glob("*.*")} - {""}
+                 for folder in NYUD_FOLDERS.values()}
+        for packaging, endings in PACKAGINGS.items():
+            fits = [not seen or ending in seen
+                    for ending, seen in zip(endings.split(), found.values(), strict=True)]
+            if all(fits) and any(found.values()):
+                return packaging, nyud_files(packaging)
+        seen = ", ".join(f"{folder} {'/'.join(sorted(e)) or 'nothing'}" for folder, e in found.items())
+        known = "; ".join(f"{endings} ({name})" for name, endings in PACKAGINGS.items())
+        raise ValueError(f"{root} is no packaging of NYUDv2 known here: it has {seen}; in that order "
+                         f"known are {known}; {cls.origin}")
+
+    def decode_labels(self, path: dict[str, Path], shape: tuple[int, int], name: str) -> dict:
+        semseg = load_label(path["semseg"], shape, len(self.classes["semseg"]), field="segmentation")
+        normals = load_label(path["normals"], (*shape, 3), 255, -1.001, mode="RGB")
+        normals = decode_normals(normals) if normals.dtype == np.uint8 else normals.astype(np.float32)
+        top = 1 if path["edge"].suffix == ".npy" else 255
+        lines = load_label(path["edge"], shape, top, mode="L")
+        if lines.any():
+            check_range(path["edge"], lines.max(), top, top / 2)
+        labelmap = edge = (lines > top / 2).astype(np.uint8)
+        depth = load_label(path["depth"], shape, IGNORE - 1, field="depth").astype(np.float32)
+        if "labelmap" in path:
+            labelmap = load_label(path["labelmap"], shape, 1, field="groundTruth.Boundaries")
+        return {"semseg": semseg.astype(np.uint8) - np.uint8(1),  # 0, void, wraps round to 255
+                "normals": normals, "edge": edge, "depth": depth, "labelmap": labelmap.astype(np.int32)}
+
+
+class Rendered:
+    """What the rendered world adds to the reader of its layout: its own sizes, classes and captions.
 
     cache: None means "if the split takes less than 1 GiB".
     """
 
-    kind = "world"
-    files = {**FILES, "depth": "depth/{}.npy"}
     max_dist = 0.016  # the 8 neighbours at 64 px
+    origin = "delete the folder and render it again"
 
     def __init__(self, root: str | Path, split: str, size: int | tuple[int, int] | None = None,
                  train: bool | None = None, seed: int = 0, cache: bool | None = None, **options):
         meta = load_json(Path(root) / "meta.json")
-        self.classes = {"semseg": meta["classes"], "human_parts": meta["parts"]}
+        names = {"semseg": meta["classes"], "human_parts": meta["parts"]}
+        self.classes = {task: names[task] for task in self.classes}
         size = size or meta["size"]
         if cache is None:  # 28 bytes per pixel
             cache = meta["counts"].get(split, 0) * meta["size"] ** 2 * 28 < 2**30
@@ -1124,22 +1325,45 @@ class World(PascalContext):
         self.captions = load_json(self.root / "captions.json")
 
     def decode(self, name: str, labels: bool) -> dict:
-        sample = super().decode(name, labels) | self.captions[name]
+        return super().decode(name, labels) | self.captions[name]
+
+
+class World(Rendered, PascalContext):
+    """The rendered world: all six tasks, captions, and LabelMaps that are instance maps."""
+
+    kind = "world"
+    files = {**FILES, "depth": "depth/{}.npy"}
+
+    def __init__(self, root: str | Path, split: str, *place, **options):
+        super().__init__(root, split, *place, decoded=False, **options)
+
+    def decode(self, name: str, labels: bool) -> dict:
+        sample = super().decode(name, labels)
         return sample | ({"instance": sample["labelmap"]} if labels else {})
 
 
-def open_data(spec: str, split: str, **options) -> Samples:
-    """Open a split of "world" (rendered once, at `size`), "world:/path" or "pascal:/path".
+class WorldNYUD(Rendered, NYUDv2):
+    """The rendered world in NYUDv2's layout: its four tasks, and captions."""
 
-    options: as World and PascalContext take them. Raises ValueError for any other spec.
+    kind = "world-nyud"
+
+
+WORLDS = {"pascal": World, "nyud": WorldNYUD}  # by WorldSettings.layout
+READERS = {reader.kind: reader for reader in (World, WorldNYUD, PascalContext, NYUDv2)}
+
+
+def open_data(spec: str, split: str, **options) -> Samples:
+    """Open a split of "world" or "world-nyud" (rendered once, at `size`) or of "KIND:/path".
+
+    KIND: a key of READERS. options: as those classes take them. Raises ValueError for another spec.
     """
     kind, _, root = spec.partition(":")
-    if kind == "world":
-        size = options.get("size") or WorldSettings.size
-        return World(Path(root).expanduser() if root else render_world(size=size), split, **options)
-    if kind == "pascal" and root:
-        return PascalContext(Path(root).expanduser(), split, **options)
-    raise ValueError(f'data "{spec}" is unknown; use "world", "world:/path" or "pascal:/path"')
+    layout = {reader.kind: layout for layout, reader in WORLDS.items()}.get(kind)
+    if kind not in READERS or not (root or layout):
+        raise ValueError(f'data "{spec}" is unknown; use "world", "world-nyud" or "KIND:/path" with KIND '
+                         f"one of {', '.join(READERS)}")
+    root = root or render_world(size=options.get("size") or WorldSettings.size, layout=layout)
+    return READERS[kind](Path(root).expanduser(), split, **options)
 
 
 # === transforms ===
@@ -1406,11 +1630,23 @@ def colourise(task: str, array: np.ndarray, limits: tuple[float, float] | None =
     return np.where(known[..., None], picture, NEUTRAL).astype(np.uint8)
 
 
-def contact_sheet(dataset: PascalContext, rows: int, cell: int = 192) -> Image.Image:
+def contact_sheet(dataset: LabelFolder, rows: int, cell: int = 192) -> Image.Image:
     """Draw samples as rows, image and labels as columns, class colours below."""
     columns, rows = ["image", *dataset.tasks], max(min(rows, len(dataset)), 1)
-    sheet = Image.new("RGB", (len(columns) * (cell + 6), 90 + rows * (cell + 22)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    font, width, x, y = ImageFont.load_default(14), len(columns) * (cell + 6), 4, 26 + rows * (cell + 22)
+    legend = []
+    for task, names in dataset.classes.items():
+        for k, name in enumerate(names):
+            step = 34 + round(font.getlength(name))
+            x, y = (4, y + 20) if x + step > width else (x, y)
+            legend.append((x, y, name, tuple(colourise(task, np.array([[k]]))[0, 0].tolist())))
+            x += step
+        x, y = 4, y + 24
+    sheet = Image.new("RGB", (width, y), "white")
+    draw = ImageDraw.Draw(sheet)
+    for x, y, name, colour in legend:
+        draw.rectangle((x, y, x + 14, y + 14), colour, "black")
+        draw.text((x + 18, y - 2), name, "black", font)
     for row in range(rows):
         sample, top = dataset.read(row * (len(dataset) // rows)), 22 + row * (cell + 22)
         words = [sample["name"], sample.get("caption", "")]
@@ -1423,40 +1659,33 @@ def contact_sheet(dataset: PascalContext, rows: int, cell: int = 192) -> Image.I
             height, width = (side * cell // max(picture.shape) for side in picture.shape[:2])
             small = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(small, (column * (cell + 6), top))
-    x, y = 4, 26 + rows * (cell + 22)
-    for task, names in dataset.classes.items():
-        for k, name in enumerate(names):
-            colour = tuple(colourise(task, np.array([[k]]))[0, 0].tolist())
-            draw.rectangle((x, y, x + 14, y + 14), colour, "black")
-            draw.text((x + 18, y - 2), name, "black", font)
-            x += 34 + round(draw.textlength(name, font))
-        x, y = 4, y + 24
     return sheet
 
 
 def guess_spec(root: Path) -> str:
     """Turn a folder into a spec of `open_data`."""
-    return f"{'world' if (root / 'meta.json').exists() else 'pascal'}:{root}"
+    kind = "nyud" if (root / NYUDv2.lists).is_dir() else "pascal"
+    return f"{WORLDS[kind].kind if (root / 'meta.json').exists() else kind}:{root}"
 
 
 def check(root: Path) -> bool:
     """Count the files of every split, decode a sample of every label; True if all is there."""
     spec, complete = guess_spec(root), True
-    listed = sorted((root / "ImageSets/Context").glob("*.txt"))
+    reader = READERS[spec.partition(":")[0]]
+    listed = sorted((root / reader.lists).glob("*.txt"))
     if not listed:
-        raise FileNotFoundError(f"{root}/ImageSets/Context lists no split; name the PASCALContext "
-                                "folder, or a rendered world's")
-    print(f"{spec}: laid out as the PASCAL-Context archive of SAK, PRISM and InvPT")
+        raise FileNotFoundError(f"{root} lists no split, neither in {PascalContext.lists} nor in "
+                                f"{NYUDv2.lists}; name the folder PASCALContext or NYUDv2, or a world's")
+    packaging, files = reader.find_files(root)
+    print(f"{spec}: laid out as {packaging}")
     for path in listed:
         ids = path.read_text().split()
-        files = World.files if spec.startswith("world") else FILES
         for key, missing in missing_files(root, files, ids).items():
             note = f"  missing {missing[0]}, ..." if missing else ""
             print(f"{path.stem:8} {key:12} {len(ids) - len(missing)} of {len(ids)}{note}")
             complete &= not missing
     if not complete:
-        print("delete the folder and render it again" if spec.startswith("world") else
-              "get PASCALContext from Google Drive, id 1TWZydr5_r4hKDM5Zyzrcq712Stg2cw7p")
+        print(reader.origin)
         return False
     for key, value in open_data(spec, listed[0].stem).read(0).items():
         if isinstance(value, np.ndarray):
@@ -1466,7 +1695,7 @@ def check(root: Path) -> bool:
 
 @dataclass
 class Args:
-    show: str = "world"  # draw this: world, a folder, world:/path or pascal:/path
+    show: str = "world"  # draw this: a folder, or what open_data takes: world, world-nyud, nyud:/path, ...
     split: str = "train"  # split to draw
     rows: int = 8  # samples to draw
     out: Path = Path("contact_sheet.png")  # picture to write

@@ -718,7 +718,7 @@ class Args:
     """Score a checkpoint, print the numbers, draw what it predicts and how it routes."""
 
     ckpt: Path = Path("out/prism.pt")  # checkpoint to score
-    data: str | None = None  # world:FOLDER or pascal:FOLDER (default: what it was trained on)
+    data: str | None = None  # as train.py's (default: what it was trained on)
     split: str = "val"  # split to score
     tasks: tuple[str, ...] = ()  # tasks to score (default: all with a head and labels)
     batch_size: int = 32  # images per batch

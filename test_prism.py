@@ -1755,9 +1755,10 @@ def box(shape, y, x, h, w):
 
 
 @pytest.fixture
-def pascal(tmp_path):
+def pascal(tmp_path, monkeypatch):
     """Two images of odd, different sizes: two overlapping people, one without parts, a dog."""
     root, rng = tmp_path / "PASCALContext", np.random.default_rng(0)
+    monkeypatch.setenv("PRISM_CACHE", str(tmp_path / "cache"))
     for folder in ("JPEGImages", "pascal-context/trainval", "semseg/pascal-context", "semseg/VOC12",
                    "human_parts", "sal_distill", "normals_distill", "ImageSets/Context",
                    "ImageSets/Parts", "json"):
@@ -1916,7 +1917,9 @@ def test_errors_name_the_file(pascal, world):
     with pytest.raises(ValueError, match='task "parts" is unknown; use semseg, human_parts, '):
         data.check_tasks(["semseg", "parts"])
     assert data.open_data(data.World(world, "val").source, "val").ids == data.World(world, "val").ids
-    for spec in "nyud:/x", "pascal", "worlds":
+    with pytest.raises(FileNotFoundError, match="gt_sets/train.txt is missing; splits of this folder: none"):
+        data.open_data(f"nyud:{pascal}", "train")
+    for spec in "cityscapes:/x", "pascal", "nyud", "worlds":
         with pytest.raises(ValueError, match=f'"{spec}" is unknown; use "world"'):
             data.open_data(spec, "train")
     path = world / "depth/train_000004.npy"
@@ -1979,6 +1982,7 @@ def test_world_key():
     """A cached world that outlives a change of settings or of the renderer's source."""
     a, b = data.WorldSettings(), data.WorldSettings(seed=1)
     assert data.world_key(a) == data.world_key(data.WorldSettings()) != data.world_key(b)
+    assert data.world_key(a) != data.world_key(data.WorldSettings(layout="nyud"))
     text = Path(data.__file__).read_text()
     assert "def render(" in text.partition("# === rendered world")[2].partition("# === the world on disk")[0]
 
@@ -2289,6 +2293,277 @@ def test_views_and_splits(world):
     assert shapes == {"image": ((5, 3, 40, 40), f), "semseg": (flat, i), "human_parts": (flat, i),
                       "normals": ((5, 3, 40, 40), f), "edge": (flat, f), "sal": (flat, i), "depth": (flat, f)}
     assert batch["image"].min() >= 0 and batch["image"].max() <= 1 and isinstance(batch["name"], list)
+
+
+# ----------------------------------------------------------------- NYUDv2, kept labels, world in its layout
+
+DECODED = np.array([np.float32(np.float32(2 * v / 255) - 1) for v in range(256)])  # colour -> normal
+
+
+def write_array(path, array, field=""):
+    """Write an array in the format that the file's ending asks for; returns what there is to read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".npy":
+        np.save(path, array)
+    elif path.suffix == ".mat":
+        savemat(path, {field: array})
+    else:
+        Image.fromarray(array).save(path)
+    return np.asarray(Image.open(path)) if path.suffix == ".jpg" else array
+
+
+def nyud_folder(root, endings):
+    """Two images of odd sizes with every class, void, unknown depth and nearly or wholly zero normals."""
+    image, semseg, normals, edge, depth = endings.split()
+    truth = []
+    for k, (h, w) in enumerate([(37, 52), (45, 31)]):
+        rng, name = np.random.default_rng(k), f"{k + 1:04d}"
+        ids = np.resize(np.arange(41), (h, w)).astype(np.uint8)
+        colours = rng.integers(0, 256, (h, w, 3)).astype(np.uint8)
+        colours[:9] = rng.integers(127, 129, (9, w, 3))
+        vectors = DECODED[colours].astype(np.float64)
+        vectors[20:25] = 0  # in the float packaging alone
+        lines = (rng.random((h, w)) > 0.8).astype(np.uint8)
+        metres = rng.uniform(0.5, 9.5, (h, w)).astype(np.float32 if k else np.float64)
+        metres[30:, :7] = 0
+        picture = rng.integers(0, 256, (h, w, 3)).astype(np.uint8)
+        picture = write_array(root / f"images/{name}.{image}", picture)
+        write_array(root / f"segmentation/{name}.{semseg}", ids, "segmentation")
+        coded = write_array(root / f"normals/{name}.{normals}", vectors if normals == "npy" else colours)
+        write_array(root / f"edge/{name}.{edge}", lines.astype(float) if edge == "npy" else lines * 255)
+        write_array(root / f"depth/{name}.{depth}", metres, "depth")
+        truth.append({
+            "image": picture, "semseg": np.array([255, *range(40)], np.uint8)[ids],
+            "normals": coded.astype(np.float32) if normals == "npy" else DECODED[coded],
+            "edge": lines, "depth": metres.astype(np.float32), "labelmap": lines.astype(np.int32),
+        })
+    (root / "gt_sets").mkdir()
+    for split in ("train", "val"):
+        (root / f"gt_sets/{split}.txt").write_text("0001\n0002\n")
+    return truth
+
+
+def same_arrays(sample, truth):
+    return all(sample[key].dtype == array.dtype and sample[key].shape == array.shape
+               and sample[key].tobytes() == array.tobytes() for key, array in truth.items())
+
+
+@pytest.mark.parametrize("packaging", data.PACKAGINGS)
+def test_nyud_labels(tmp_path, packaging):
+    """Void as class 40 or 0 as void twice, a colour off by one, millimetres, labels of other types,
+    127/128 (which are not zero) ignored, zero normals kept, unknown depth trained on."""
+    truth = nyud_folder(tmp_path, data.PACKAGINGS[packaging])
+    dataset = data.open_data(f"nyud:{tmp_path}", "val")
+    assert dataset.packaging == packaging and dataset.max_dist == 0.011 and dataset.kind == "nyud"
+    assert dataset.tasks == {"semseg": 40, "normals": 3, "edge": 1, "depth": 1}
+    assert len(set(dataset.classes["semseg"])) == 40 and dataset.classes["semseg"][18] == "mirror"
+    for i, expected in enumerate(truth):
+        sample = dataset.read(i)
+        assert sample.keys() == {*expected, "name"} and same_arrays(sample, expected)
+        out = dataset[i]
+        assert set(out) == {"image", *dataset.tasks, "name"} and out["image"].shape == (3, 448, 576)
+        h, w = expected["edge"].shape
+        top, left = (448 - h) // 2, (576 - w) // 2
+        inside = (slice(top, top + h), slice(left, left + w))
+        ignored = (out["normals"][(slice(None), *inside)] == 255).all(0).numpy()
+        assert (ignored == (expected["normals"] == 0).all(-1)).all()
+        assert ignored.any() == ("npy npy npy" in data.PACKAGINGS[packaging])
+        assert ((out["depth"][inside] == 255).numpy() == (expected["depth"] == 0)).all()
+
+
+def test_nyud_views(tmp_path):
+    """A view of NYUDv2 that needs PASCAL's labels, or whose depth is not divided by the scale."""
+    truth = nyud_folder(tmp_path, data.PACKAGINGS[data.NYUDv2.packaging])
+    dataset = data.NYUDv2(tmp_path, "train", seed=2)
+    for step in range(6):
+        view, scale = dataset[0, step, 0], np.random.default_rng((2, step, 0)).uniform(0.5, 2)
+        depth = view["depth"][view["depth"] != 255].numpy()
+        assert np.isin(depth, truth[0]["depth"] / np.float32(scale)).all() and len(depth) > 100
+    batch = next(data.batches(dataset, 2, 1, seed=2))
+    assert set(batch) == {"image", "semseg", "normals", "edge", "depth", "name"}
+
+
+def test_nyud_scores_against_boundaries_and_reads_any_picture(tmp_path):
+    """Training lines scored where SEISM has its own; gray, palette or RGBA images of another shape."""
+    truth = nyud_folder(tmp_path, data.PACKAGINGS[data.NYUDv2.packaging])
+    boundaries, cell = 1 - truth[0]["edge"], np.empty((1, 1), object)
+    cell[0, 0] = {"Boundaries": boundaries, "Segmentation": boundaries * 3}
+    (tmp_path / "edge_mat").mkdir()
+    savemat(tmp_path / "edge_mat/0001.mat", {"groundTruth": cell})
+    sample = data.NYUDv2(tmp_path, "val").read(0)
+    assert same_arrays(sample, truth[0] | {"labelmap": boundaries.astype(np.int32)})
+    picture = Image.open(tmp_path / "images/0001.png")
+    for mode in ("L", "RGBA", "P"):
+        changed = picture.convert(mode)
+        changed.save(tmp_path / "images/0001.png")
+        image = data.NYUDv2(tmp_path, "val").read(0)["image"]
+        assert image.shape == (37, 52, 3) and (image == np.asarray(changed.convert("RGB"))).all()
+
+
+def test_nyud_errors(tmp_path, capsys):
+    """A packaging guessed wrong, millimetres or class 41 trained on, a message without the file."""
+    nyud_folder(tmp_path, data.PACKAGINGS[data.NYUDv2.packaging])
+    assert data.check(tmp_path) and "laid out as NYUDv2 of SAK, PRISM and InvPT" in capsys.readouterr().out
+    zeros = np.zeros((37, 52), np.uint8)
+    for path, array, message in (
+        ("segmentation/0001.png", zeros + np.uint8(41), "holds 41 .. 41, not 0 .. 40"),
+        ("segmentation/0001.png", zeros[1:], r"has size .36, 52., its image .37, 52."),
+        ("segmentation/0001.png", np.stack([zeros] * 3, -1), r"has size .37, 52, 3., its image .37, 52."),
+        ("edge/0001.png", zeros + (np.arange(52) > 9).astype(np.uint8), "holds 1 .. 1, not 127.5 .. 255"),
+        ("depth/0001.npy", zeros + 2500.0, "holds 2500 .. 2500, not 0 .. 254"),
+        ("depth/0001.npy", zeros + np.nan, "holds nan .. nan, not 0"),
+    ):
+        whole = (tmp_path / path).read_bytes()
+        write_array(tmp_path / path, array)
+        with pytest.raises(ValueError, match=f"{path} {message}") as caught:
+            data.NYUDv2(tmp_path, "val").read(0)
+        assert "\n" not in str(caught.value)
+        (tmp_path / path).write_bytes(whole)
+    shutil.rmtree(tmp_path / "depth")
+    with pytest.raises(FileNotFoundError, match="depth/0001.npy is missing, 2 files in all; see"):
+        data.NYUDv2(tmp_path, "val")
+    assert not data.check(tmp_path)
+    printed = capsys.readouterr().out
+    assert "depth        0 of 2  missing" in printed and "id 1rj3tHdQVYqe-Y3mpxv4EgWsiqgq3z87H" in printed
+    (tmp_path / "edge/0001.png").rename(tmp_path / "edge/0001.gif")
+    (tmp_path / "edge/0002.png").unlink()
+    with pytest.raises(ValueError, match="edge gif, depth nothing; in that order known are png") as caught:
+        data.NYUDv2(tmp_path, "val")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(FileNotFoundError, match="lists no split, neither in ImageSets/Context nor in "):
+        data.check(tmp_path / "edge")
+
+
+def test_world_in_the_layout_of_nyud(tmp_path, monkeypatch):
+    """Classes off by one, void lost, edges of another rule, or tasks that this layout cannot hold."""
+    monkeypatch.setattr(data, "render", blobs)
+    root = data.render_world(tmp_path / "w", size=40, train=5, val=2, probe=1, layout="nyud")
+    laplace = np.array([[0, 1, 0], [1, -4, 1], [0, 1, 0]])
+    void = 0
+    for s, split in enumerate(data.SPLITS):
+        dataset = data.open_data(f"world-nyud:{root}", split)
+        made = blobs(s, range(len(dataset)), 40)
+        for i in range(len(dataset)):
+            sample, instance = dataset.read(i), made["instance"][i].astype(np.int64)
+            specks = np.bincount(instance.ravel())[instance] < 12 * (40 / 64) ** 2
+            void += specks.sum()
+            edge = slow_thin(ndimage.correlate(instance, laplace, mode="mirror") != 0).astype(np.uint8)
+            semseg = np.where(specks, 255, made["semseg"][i]).astype(np.uint8)
+            assert same_arrays(sample, {"image": made["image"][i], "semseg": semseg, "edge": edge,
+                                        "depth": made["depth"][i], "labelmap": edge.astype(np.int32)})
+            assert np.abs(sample["normals"] - made["normals"][i]).max() <= 1 / 255 + 1e-6
+            assert sample["caption"] == f"scene {i}" and "human_parts" not in sample
+    assert void and dataset.tasks == {"semseg": 12, "normals": 3, "edge": 1, "depth": 1}
+    assert dataset.source == f"world-nyud:{root}" and dataset.size == (40, 40) and data.check(root)
+    assert data.contact_sheet(dataset, 1).width == 5 * 198
+    assert data.guess_spec(root) == f"world-nyud:{root}"
+
+
+def arrays_of(sample):
+    return {key: value for key, value in sample.items() if key != "name"}
+
+
+def test_labels_are_kept(pascal, monkeypatch, capsys):
+    """Labels that differ once kept, that outlive their files, gate or root, a damaged file that stops
+    or changes a run, decoding that is not saved at all, files left in the data folder."""
+    name, before = "2008_000002", sorted(pascal.rglob("*"))
+    plain = data.PascalContext(pascal, "train", decoded=False)
+    truth = [arrays_of(plain.read(i)) for i in range(2)]
+    assert not data.cache_folder().exists()
+    dataset = data.PascalContext(pascal, "train")
+    assert all(same_arrays(dataset.read(i), truth[i]) for i in range(2))
+    loadmat_calls = []
+    monkeypatch.setattr(data, "loadmat", lambda path: loadmat_calls.append(path) or loadmat(path))
+    dataset = data.PascalContext(pascal, "train")
+    assert all(same_arrays(dataset.read(i), truth[i]) for i in range(2)) and not loadmat_calls
+    kept = dataset.decoded / f"{name}.npz"
+    whole = kept.read_bytes()
+    for damage in (whole[:-40], whole[: len(whole) // 2], b"", whole.replace(b"PK", b"QQ"),
+                   whole[:200] + bytes([whole[200] ^ 1]) + whole[201:]):
+        kept.write_bytes(damage)
+        assert same_arrays(dataset.read(0), truth[0]) and len(kept.read_bytes()) == len(whole)
+    path, turned = pascal / f"pascal-context/trainval/{name}.mat", truth[0]["labelmap"][::-1]
+    size = path.stat().st_size
+    savemat(path, {"LabelMap": turned.astype(np.uint16)})
+    assert path.stat().st_size == size and (dataset.read(0)["labelmap"] == turned).all()
+    assert (dataset.read(0)["edge"] == data.boundary_label(turned)).all()
+    lists = pascal / "ImageSets/Parts/train.txt"
+    lists.write_text(json.dumps({name: [12], "2008_000003": [-1]}))
+    assert not data.PascalContext(pascal, "train").read(0)["human_parts"].any()
+    assert sorted(pascal.rglob("*")) == before
+    lists.unlink()
+    built = data.PascalContext(pascal, "train").part_lists
+    assert capsys.readouterr().out.endswith("does not list this split; building the list from 2 files\n")
+    loadmat_calls.clear()
+    assert data.PascalContext(pascal, "train").part_lists == built == plain.part_lists and not loadmat_calls
+    for path in pascal.rglob("2008_000003.*"):
+        shutil.copy2(path, path.with_stem("2008_000009"))  # size and time stay
+    (pascal / "ImageSets/Context/train.txt").write_text(f"{name}\n2008_000009\n")
+    assert set(data.PascalContext(pascal, "train").part_lists) == {name, "2008_000009"}
+    other = pascal.rename(pascal.with_name("elsewhere"))
+    assert data.PascalContext(other, "val").decoded != dataset.decoded
+    assert not [path for path in dataset.decoded.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("trouble", ["full", "file in the way"])
+def test_labels_that_cannot_be_kept(pascal, trouble, monkeypatch, capsys):
+    """A run that ends, or prints a line per image, because the cache's disk is full or read-only."""
+    truth = [arrays_of(data.PascalContext(pascal, "val", decoded=False).read(i)) for i in range(2)]
+    if trouble == "full":
+        def fail(path, **arrays):
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        monkeypatch.setattr(data.np, "savez_compressed", fail)
+    else:
+        data.cache_folder().write_bytes(b"")
+    dataset = data.PascalContext(pascal, "val")
+    assert all(same_arrays(dataset.read(i), truth[i]) for i in (0, 1, 0, 1))
+    assert capsys.readouterr().out.count("cannot be written") == 1
+    assert trouble != "full" or not list((data.cache_folder() / "decoded").rglob("*.npz"))
+
+
+def test_processes_keep_labels_at_once(pascal):
+    """A half-written file read by another process, or two processes' files mixed."""
+    expected = list(data.batches(data.PascalContext(pascal, "train", size=32, decoded=False), 2, 8))
+    for _ in range(2):
+        dataset = data.PascalContext(pascal, "train", size=32)
+        assert all(map(same_batches, expected, data.batches(dataset, 2, 8, workers=2)))
+        shutil.rmtree(dataset.decoded)
+
+
+def test_pascal_files_of_any_type(pascal):
+    """LabelMaps cut to 8 bit, void counted as a class, class 21 trained on, colour images of any mode."""
+    name, shape = "2008_000002", (37, 51)
+    labelmap = np.random.default_rng(0).choice([1, 255, 256, 459], shape)
+    for kind in ("uint16", "int16", "int32", "int64", "float64"):
+        savemat(pascal / f"pascal-context/trainval/{name}.mat", {"LabelMap": labelmap.astype(kind)})
+        read = data.PascalContext(pascal, "val", decoded=False).read(0)["labelmap"]
+        assert (read == labelmap).all() and read.dtype == np.int32
+    picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (*shape, 4)).astype(np.uint8), "RGBA")
+    for mode in ("RGBA", "P", "L"):
+        changed = picture if mode == "RGBA" else picture.convert("RGB").convert(mode)
+        changed.save(pascal / f"JPEGImages/{name}.jpg", "PNG")
+        image = data.PascalContext(pascal, "val").read(0)["image"]
+        assert image.shape == (*shape, 3) and (image == np.asarray(changed.convert("RGB"))).all()
+    path = pascal / f"semseg/pascal-context/{name}.png"
+    semseg = np.full(shape, 20, np.uint8)
+    semseg[5] = 255
+    Image.fromarray(semseg).save(path)
+    assert (data.PascalContext(pascal, "val").read(0)["semseg"] == semseg).all()
+    Image.fromarray(semseg + (semseg == 20)).save(path)
+    with pytest.raises(ValueError, match=f"{path} holds 21 .. 21, not 0 .. 20"):
+        data.PascalContext(pascal, "val").read(0)
+
+
+def test_normals_count_on_170_classes(pascal):
+    """Ids of the NYUD list instead of the Context list, "unknown" let in, television left out."""
+    context = {f"class {k}": k for k in range(1, 458)} | {"unknown": 458, "tvmonitor": 459}
+    nyu = {f"class {k}": 1000 - k for k in range(2, 340, 2)} | {f"thing {k}": k for k in range(700)}
+    nyu |= {"unknown": 800, "television": 801}
+    (pascal / "json/context_classes.json").write_text(json.dumps(context))
+    (pascal / "json/nyu_classes.json").write_text(json.dumps(nyu))
+    valid = data.PascalContext(pascal, "val").valid_normals
+    assert len(valid) == 170 and set(valid) == {*range(2, 340, 2), 459}
 
 
 # ------------------------------------------------------------------------------------------------ pictures

@@ -50,7 +50,7 @@ class Args:
 
     stage: Literal["all", "deconstruct", "recompose"] = "all"  # all: deconstruct, then recompose
     size: Literal["toy", "small", "base", "large"] = "toy"  # student, see `python prism.py`
-    data: str = "world"  # world (rendered, cached), world:FOLDER or pascal:FOLDER
+    data: str = "world"  # world, world-nyud (rendered, cached), or world:, world-nyud:, pascal:, nyud:FOLDER
     teachers: tuple[str, ...] = ("toy-clip", "toy-dino", "toy-sam")  # `python teachers.py`; or NAME=FOLDER
     sam_size: int | None = None  # longest side of SAM's input, pixels; less than 1024 is an approximation
     tasks: tuple[str, ...] = ()  # default: all that the data has
