@@ -395,14 +395,54 @@ def test_teacher_assignment_is_balanced():
 
 def test_learning_rates():
     """Catches a schedule that jumps after warm-up, or turns negative (released code: complex) at its end."""
-    stage = train.STAGES["deconstruct"]._replace(steps=150, lr=1e-3, warmup=0.1)
+    stage = train.STAGES["deconstruct"]["world"]._replace(steps=150, lr=1e-3, warmup=0.1)
     assert train.lr_at(0, stage) == pytest.approx(1e-7)
     assert train.lr_at(15, stage) == pytest.approx(1e-3)
     assert train.lr_at(150, stage) == pytest.approx(1e-6)
-    poly = train.STAGES["recompose"]._replace(steps=100, lr=2e-5, warmup=0.0)
+    poly = train.STAGES["recompose"]["world"]._replace(steps=100, lr=2e-5, warmup=0.0)
     assert train.lr_at(0, poly) == 2e-5
     assert train.lr_at(50, poly) == pytest.approx(2e-5 * 0.5**0.9)
     assert train.lr_at(120, poly) == 0
+
+
+def test_recipes_are_the_papers():
+    """A recipe that is not the paper's; an lr that does not follow the batch; epochs that do not add up."""
+    base = train.Args(size="base", data="imagenet:/x")
+    stage = train.choose_recipe(base, "deconstruct", 1_281_167)
+    assert stage[:5] == ("deconstruct.pt", "distill", (384, 384), 240_219, 30)  # 30 * 1,281,167 / 160
+    assert (stage.batch_size, stage.lr, stage.lr_pretrained, stage.weight_decay) == (160, 1e-3, 0.01, 0.01)
+    assert (stage.decay, stage.clip) == ("cosine", 1.0) and stage.warmup * stage.epochs == 2
+    half = train.choose_recipe(replace(base, batch_size=64), "deconstruct", 1_281_167)
+    assert half.lr == 5e-4 and half.steps == 600_547
+    assert train.choose_recipe(replace(base, batch_size=64, lr=1e-3), "deconstruct", 9).lr == 1e-3
+    short = train.choose_recipe(replace(base, steps=100), "deconstruct", 1600)
+    assert (short.steps, short.epochs) == (100, 10)
+    for data_spec, size, batch in (("pascal:/x", (512, 512), 6), ("nyud:/x", (448, 576), 12)):
+        stage = train.choose_recipe(train.Args(data=data_spec), "recompose", 4998)
+        assert (stage.image_size, stage.batch_size, stage.steps, stage.lr) == (size, batch, 40_000, 2e-5)
+        assert (stage.weight_decay, stage.decay, stage.clip, stage.warmup) == (1e-6, "poly", 10.0, 0.0)
+        assert train.choose_recipe(train.Args(data=data_spec), "deconstruct", 4998).epochs == 30
+    two = train.choose_recipe(train.Args(data="nyud:/x", epochs=2, image_size=(64, 96)), "recompose", 795)
+    assert two.steps == 132 and two.image_size == (64, 96)
+    with pytest.raises(ValueError, match="no recipe to recompose on data tars:/x.*world, pascal, nyud"):
+        train.choose_recipe(train.Args(data="tars:/x"), "recompose")
+
+
+def test_pretrained_part_learns_slower():
+    """New modules at the trunk's rate, or weights that no group has."""
+    model, stage = student(), train.ON_IMAGES
+    names = {p: name for name, p in model.named_parameters()}
+    groups = train.build_optimizer(model, stage, pretrained=True).param_groups
+    factor = {names[p]: group["factor"] for group in groups for p in group["params"]}
+    assert len(factor) == len(names) == sum(len(group["params"]) for group in groups)
+    for name in ("pos_embed", "cls_token", "patch_embed.weight", "blocks.1.attn.qkv.weight", "norm.weight",
+                 "blocks.1.anchor.0.weight", "blocks.0.mlp.0.bias", "blocks.2.norm2.bias"):
+        assert factor[name] == 0.01
+    for name in ("blocks.1.experts.w1", "blocks.1.router.film.weight", "blocks.1.shared.0.weight",
+                 "blocks.2.gate.bias", "teacher_embed", "projectors.clip.0.0.weight", "task_embed",
+                 "heads.sal.last.bias"):
+        assert factor[name] == 1
+    assert {g["factor"] for g in train.build_optimizer(model, stage, pretrained=False).param_groups} == {1}
 
 
 # ------------------------------------------------------------------------------------------- training
@@ -433,7 +473,7 @@ def small_world(tmp_path_factory):
 def tiny_run(small_world, out, **changes):
     """Train a tiny student on the tiny world; returns the last checkpoint's content."""
     settings = {"steps": 10, "log_every": 5, "save_every": 5, **changes}
-    settings = {"data": f"world:{small_world}", "image_size": 32, "batch_size": 6, **settings}
+    settings = {"data": f"world:{small_world}", "image_size": (32,), "batch_size": 6, **settings}
     args = train.Args(out_dir=out, device="cpu", **settings)
     train.train(args)
     return prism.read_checkpoint(out / ("deconstruct.pt" if args.stage == "deconstruct" else "prism.pt"))
@@ -536,6 +576,31 @@ def test_nan_stops_the_run(small_world, tmp_path, tiny, monkeypatch):
     assert (tmp_path / "deconstruct.pt").read_bytes() == before
 
 
+def test_several_passes_make_one_step(small_world, tmp_path, tiny, monkeypatch):
+    """Gradients that are summed instead of averaged, a pass that is lost, teachers dealt out anew."""
+    quiet = replace(TINY, teachers={}, tasks={}, router_noise=0.0, expert_drop=0.0)
+    monkeypatch.setitem(prism.SIZES, "toy", quiet)
+    settings = {"stage": "deconstruct", "steps": 2, "log_every": 1, "lr": 1e-2}
+    for name, accumulate in (("one", 1), ("two", 2)):
+        tiny_run(small_world, tmp_path / name, accumulate=accumulate, **settings)
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("one", "two")]
+    for one, two in zip(*(map(json.loads, lines) for lines in logs), strict=True):
+        for key in ("distill/toy-clip", "distill/toy-dino", "distill/toy-sam", "decorr", "loss", "grad_norm"):
+            assert one[key] == pytest.approx(two[key], rel=1e-3), key  # balance is no mean over images
+    with pytest.raises(ValueError, match="batch size 6 does not split over 1 processes x 4 passes; use 4"):
+        tiny_run(small_world, tmp_path / "four", accumulate=4, **settings)
+
+
+def test_stages_may_differ_in_image_size(small_world, tmp_path, tiny):
+    """A position table of stage 1 that does not fit stage 2; height taken for width."""
+    tiny_run(small_world, tmp_path, stage="deconstruct", steps=1)
+    stored = tiny_run(small_world, tmp_path, stage="recompose", steps=1, image_size=(32, 48))
+    assert stored["config"]["grid"] == (4, 6) and stored["model"]["pos_embed"].shape == (1, 25, 24)
+    before = prism.read_checkpoint(tmp_path / "deconstruct.pt")["model"]["pos_embed"]
+    difference = stored["model"]["pos_embed"] - prism.resize_pos(before, (4, 4), (4, 6))
+    assert 0 < difference.abs().max() < 2e-3, "one step away from the resized table"
+
+
 def test_training_lowers_every_loss(small_world, tmp_path, tiny):
     """Catches a loss with the wrong sign or without a path to the weights."""
     tiny_run(small_world, tmp_path, stage="all", steps=60, lr=3e-3, log_every=10)
@@ -551,7 +616,7 @@ def test_training_lowers_every_loss(small_world, tmp_path, tiny):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"image_size": 50}, "image size 50 is not a multiple of the patch size 8; use 48 or 56"),
+    ({"image_size": (50,)}, "image size 50 is not a multiple of the patch size 8; use 48 or 56"),
     ({"teachers": ("toy-clip", "toy-x")}, "toy-x"),
     ({"tasks": ("semseg", "flow")}, "flow"),
     ({"batch_size": 2}, "batch size 2 is smaller than the number of teachers"),
@@ -563,7 +628,7 @@ def test_bad_arguments_give_one_line(changes, message, small_world, tmp_path, ti
     """Catches a traceback, or work done before the command line is checked."""
     if changes.get("device") == "cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    args = {"data": f"world:{small_world}", "image_size": 32, "batch_size": 6, "device": "cpu", **changes}
+    args = {"data": f"world:{small_world}", "image_size": (32,), "batch_size": 6, "device": "cpu", **changes}
     with pytest.raises((ValueError, OSError)) as error:
         train.train(train.Args(out_dir=tmp_path / "out", **args))
     assert message in str(error.value) and "\n" not in str(error.value)

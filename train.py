@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import resource
 import subprocess
 import time
@@ -54,12 +55,14 @@ class Args:
     teachers: tuple[str, ...] = ("toy-clip", "toy-dino", "toy-sam")  # `python teachers.py`; or NAME=FOLDER
     sam_size: int | None = None  # longest side of SAM's input, pixels; less than 1024 is an approximation
     tasks: tuple[str, ...] = ()  # default: all that the data has
-    image_size: int = 64  # side of the training images, pixels
+    image_size: tuple[int, ...] | None = None  # side, or height and width, pixels (default: the recipe's)
 
-    steps: int | None = None  # optimizer updates per stage (default: the stage's)
-    batch_size: int | None = None  # images per step over all processes (default: the stage's)
-    lr: float | None = None  # peak learning rate (default: the stage's)
-    weight_decay: float | None = None  # on matrices (default: the stage's)
+    steps: int | None = None  # optimizer updates per stage (default: the recipe's)
+    epochs: float | None = None  # the same as passes over the data
+    batch_size: int | None = None  # images per step over all processes (default: the recipe's)
+    accumulate: int = 1  # forward and backward passes per step: less memory, the same images
+    lr: float | None = None  # peak learning rate (default: the recipe's)
+    weight_decay: float | None = None  # on matrices (default: the recipe's)
     distill_weight: float = 1.0  # mu, weight of the distillation terms beside the tasks in recompose
 
     out_dir: Path = Path("out")  # checkpoints and log.jsonl
@@ -75,23 +78,39 @@ class Args:
 
 
 class Stage(NamedTuple):
-    """A stage's defaults; the paper's values for real data are in the comments."""
+    """A stage's recipe. "all" runs every stage on the same data."""
 
     checkpoint: str  # file in out_dir
-    steps: int  # optimizer updates
-    batch_size: int  # images per step
+    view: Literal["distill", "multitask"]  # augmentation
+    image_size: tuple[int, int]  # height and width, pixels
+    steps: int  # optimizer updates; 0: as many as `epochs` make
+    epochs: float  # passes over the data; 0: `steps` count
+    batch_size: int  # images per step, over all processes
     lr: float  # peak
+    lr_batch: int  # the lr is for as many images per step; with fewer it shrinks in proportion
+    lr_pretrained: float  # factor for what --init brought along, where it is a plain ViT
     weight_decay: float  # AdamW, matrices only
     warmup: float  # share of the steps, linear from 1e-7
     decay: Literal["cosine", "poly"]  # cosine to 1e-6, or (1 - step/steps)^0.9
     clip: float  # gradient norm
-    view: Literal["distill", "multitask"]  # augmentation
 
 
-# Paper: 30 epochs, 160, 1e-3, 0.01, 2 epochs, cosine, 1; then 40,000, 6, 2e-5, 1e-6, none, poly, 10.
-STAGES = {
-    "deconstruct": Stage("deconstruct.pt", 350, 32, 1e-3, 0.01, 2 / 30, "cosine", 1.0, "distill"),
-    "recompose": Stage("prism.pt", 320, 8, 1e-3, 1e-6, 0.05, "poly", 10.0, "multitask"),
+ON_IMAGES = Stage(
+    "deconstruct.pt", "distill", image_size=(384, 384), steps=0, epochs=30, batch_size=160, lr=1e-3,
+    lr_batch=128, lr_pretrained=0.01, weight_decay=0.01, warmup=2 / 30, decay="cosine", clip=1.0)
+ON_PASCAL = Stage(
+    "prism.pt", "multitask", image_size=(512, 512), steps=40_000, epochs=0, batch_size=6, lr=2e-5,
+    lr_batch=1, lr_pretrained=1.0, weight_decay=1e-6, warmup=0.0, decay="poly", clip=10.0)
+STAGES = {  # stage -> kind of data -> recipe: the paper's, but the rendered world's, which takes minutes
+    "deconstruct": {
+        "world": ON_IMAGES._replace(image_size=(64, 64), steps=350, epochs=0, batch_size=32, lr_batch=1),
+        "images": ON_IMAGES, "pascal": ON_IMAGES, "nyud": ON_IMAGES,
+    },
+    "recompose": {
+        "world": ON_PASCAL._replace(image_size=(64, 64), steps=320, batch_size=8, lr=1e-3, warmup=0.05),
+        "pascal": ON_PASCAL,
+        "nyud": ON_PASCAL._replace(image_size=(448, 576), batch_size=12),
+    },
 }
 
 # ---------------------------------------------------------------------------------------------- set-up
@@ -134,23 +153,26 @@ def first_rank_first(rt: Runtime, make):
 
 def check_args(args: Args) -> None:
     """Raise ValueError or OSError for what can be seen before anything is rendered or built."""
-    patch = prism.SIZES[args.size].patch
-    if args.image_size % patch:
-        low = max(args.image_size // patch, 1) * patch
-        raise ValueError(f"image size {args.image_size} is not a multiple of the patch size {patch}; "
-                         f"use {low} or {low + patch}")
+    patch, processes = prism.SIZES[args.size].patch, int(os.environ.get("WORLD_SIZE", 1))
+    if args.steps is not None and args.epochs is not None:
+        raise ValueError(f"--steps {args.steps} and --epochs {args.epochs:g}; give one of them")
     teachers.check_names(args.teachers)
     if unknown := [task for task in args.tasks if task not in data.TASKS]:
         raise ValueError(f"unknown task {', '.join(unknown)}; known are {', '.join(data.TASKS)}")
-    processes = int(os.environ.get("WORLD_SIZE", 1))
     for name in stage_names(args.stage):
-        batch = stage_defaults(args, name).batch_size
+        stage = choose_recipe(args, name)
+        for side in stage.image_size:
+            if side % patch or side <= 0:
+                low = max(side // patch, 1) * patch
+                raise ValueError(f"image size {side} is not a multiple of the patch size {patch}; "
+                                 f"use {low} or {low + patch}")
+        batch, parts = stage.batch_size, processes * args.accumulate
         if batch < len(args.teachers):
             raise ValueError(f"batch size {batch} is smaller than the number of teachers "
                              f"({len(args.teachers)}); every step needs an image for each")
-        if batch % processes:
-            raise ValueError(f"batch size {batch} does not split over {processes} processes; "
-                             f"use {batch // processes * processes or processes}")
+        if args.accumulate < 1 or batch % parts:
+            raise ValueError(f"batch size {batch} does not split over {processes} processes x "
+                             f"{args.accumulate} passes; use {batch // max(parts, 1) * parts or parts}")
     try:
         args.out_dir.mkdir(parents=True, exist_ok=True)
         probe = args.out_dir / f".write-test.{os.getpid()}"
@@ -165,14 +187,27 @@ def stage_names(stage: str) -> list[str]:
     return list(STAGES) if stage == "all" else [stage]
 
 
-def stage_defaults(args: Args, name: str) -> Stage:
-    """Put the command line's values over the stage's defaults."""
-    given = {k: getattr(args, k) for k in ("steps", "batch_size", "lr", "weight_decay")}
-    return STAGES[name]._replace(**{k: v for k, v in given.items() if v is not None})
+def choose_recipe(args: Args, name: str, images: int = 0) -> Stage:
+    """Put the command line's values over the recipe for this kind of data of so many images."""
+    kind = args.data.partition(":")[0]
+    kind = {"world-nyud": "world", "imagenet": "images", "tars": "images"}.get(kind, kind)
+    if kind not in STAGES[name]:
+        raise ValueError(f"no recipe to {name} on data {args.data}; there are some for "
+                         f"{', '.join(STAGES[name])}")
+    stage = STAGES[name][kind]
+    given = {k: getattr(args, k) for k in ("steps", "epochs", "batch_size", "lr", "weight_decay")}
+    stage = stage._replace(**{k: v for k, v in given.items() if v is not None})
+    if args.image_size:
+        stage = stage._replace(image_size=(args.image_size[0], args.image_size[-1]))
+    if args.lr is None:
+        stage = stage._replace(lr=stage.lr * min(1, stage.batch_size / stage.lr_batch))
+    if args.epochs is not None or (stage.epochs and args.steps is None):
+        return stage._replace(steps=max(1, round(stage.epochs * images / stage.batch_size)))
+    return stage._replace(epochs=stage.steps * stage.batch_size / max(images, 1))
 
 
-def open_train(args: Args, view: str) -> data.Samples:
-    return data.open_data(args.data, "train", size=args.image_size, seed=args.seed, view=view)
+def open_train(args: Args, stage: Stage) -> data.Samples:
+    return data.open_data(args.data, "train", size=stage.image_size, seed=args.seed, view=stage.view)
 
 
 def choose_tasks(args: Args, dataset: data.Samples) -> dict[str, int]:
@@ -183,22 +218,29 @@ def choose_tasks(args: Args, dataset: data.Samples) -> dict[str, int]:
     return {task: dataset.tasks[task] for task in args.tasks or dataset.tasks}
 
 
-def build_student(args: Args, widths: dict[str, int], tasks: dict[str, int]) -> prism.Prism:
+def build_student(args: Args, stage: Stage, widths: dict[str, int], tasks: dict[str, int]) -> prism.Prism:
     """Make the seeded student for these teachers {name: width} and tasks {name: channels}."""
     torch.manual_seed(args.seed)
     size = prism.SIZES[args.size]
-    side = args.image_size // size.patch
-    return prism.Prism(replace(size, grid=(side, side), teachers=widths, tasks=tasks))
+    grid = tuple(side // size.patch for side in stage.image_size)
+    return prism.Prism(replace(size, grid=grid, teachers=widths, tasks=tasks))
 
 
-def build_optimizer(student: nn.Module, stage: Stage) -> torch.optim.AdamW:
-    """Make AdamW with decay on matrices alone; stacked biases (E, hidden) and embeddings are no matrices."""
-    matrices, rest = [], []
+NEW = re.compile(r"blocks\.\d+\.(gate|shared|router|experts)\.|teacher_embed|task_embed|projectors|heads")
+
+
+def build_optimizer(student: nn.Module, stage: Stage, pretrained: bool) -> torch.optim.AdamW:
+    """Make AdamW with decay on matrices alone; stacked biases (E, hidden) and embeddings are no matrices.
+
+    pretrained: all but NEW came with --init and learns at stage.lr_pretrained times the rate.
+    """
+    groups = {}
     for name, p in student.named_parameters():
         vector = p.ndim < 2 or name.endswith((".b1", ".b2", "embed", "token"))
-        (rest if vector else matrices).append(p)
-    groups = [{"params": matrices, "weight_decay": stage.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=stage.lr, fused=True)
+        factor = stage.lr_pretrained if pretrained and not NEW.match(name) else 1.0
+        group = {"params": [], "weight_decay": 0.0 if vector else stage.weight_decay, "factor": factor}
+        groups.setdefault((vector, factor), group)["params"].append(p)
+    return torch.optim.AdamW(list(groups.values()), lr=stage.lr, fused=True)
 
 
 def lr_at(step: int, stage: Stage) -> float:
@@ -474,17 +516,19 @@ class Run(NamedTuple):
 
 def prepare(args: Args, rt: Runtime, name: str, taught: teachers.Teachers) -> Run:
     """Open data, build the student, fill it from the checkpoint to resume or from initial weights."""
-    stage, path = stage_defaults(args, name), args.out_dir / STAGES[name].checkpoint
-    dataset = first_rank_first(rt, lambda: open_train(args, stage.view))
+    stage = choose_recipe(args, name)
+    dataset = first_rank_first(rt, lambda: open_train(args, stage))
+    stage, path = choose_recipe(args, name, len(dataset)), args.out_dir / stage.checkpoint
     tasks = choose_tasks(args, dataset) if stage.view == "multitask" else {}
-    student = build_student(args, taught.widths, tasks)
+    student = build_student(args, stage, taught.widths, tasks)
     origin, report = initial_weights(args, name, student)
     student.to(rt.device)
     provenance = {
         "data": dataset.source, "teachers": taught.provenance, "init": origin, "code": git_revision(),
         "torch": str(torch.__version__), "schedule": schedule_of(args, stage, taught),
     }
-    run = Run(name, stage, student, build_optimizer(student, stage), dataset, 0, provenance)
+    optimizer = build_optimizer(student, stage, pretrained=origin != "random weights")
+    run = Run(name, stage, student, optimizer, dataset, 0, provenance)
     stored = prism.read_checkpoint(path) if args.resume and path.exists() else None
     if stored and stored["provenance"]["init"] != origin:
         report = f"{path} began with other weights than {origin}: starting over"
@@ -507,7 +551,7 @@ def initial_weights(args: Args, name: str, student: prism.Prism) -> tuple[str, s
     """Fill a new student from --init, or stage 2's from stage 1; returns file with hash, and a report."""
     source = args.init if args.stage != "all" or name == "deconstruct" else None
     if source is None and name == "recompose":
-        source = str(args.out_dir / STAGES["deconstruct"].checkpoint)
+        source = str(args.out_dir / ON_IMAGES.checkpoint)
     if source is None:
         return "random weights", "random weights"
     if not source.endswith(".pt"):
@@ -517,9 +561,11 @@ def initial_weights(args: Args, name: str, student: prism.Prism) -> tuple[str, s
         return f"{weights.provenance['source']} {weights.provenance['sha256'][:12]}", f"{source}: {report}"
     path = Path(source)
     stored = prism.read_checkpoint(path)
-    report = prism.load_strict(student, stored["model"], path, new=("heads", "task_embed"),
+    cfg, state = prism.config_from(stored["config"], path), stored["model"]
+    state["pos_embed"] = prism.resize_pos(state["pos_embed"], tuple(cfg.grid), student.cfg.grid)
+    report = prism.load_strict(student, state, path, new=("heads", "task_embed"),
                                dropped=("heads", "task_embed"))
-    student.expect(stored["config"]["mean"], stored["config"]["std"])
+    student.expect(cfg.mean, cfg.std)
     return f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}", f"{path}: {report}"
 
 
@@ -561,54 +607,76 @@ def git_revision() -> str:
 
 def print_derived(args: Args, rt: Runtime, run: Run, report: str) -> None:
     """Print every number that follows from the arguments."""
-    stage, images = run.stage, len(run.dataset)
+    stage, images, rates = run.stage, len(run.dataset), {g["factor"] for g in run.optimizer.param_groups}
     total, active = (n / 1e6 for n in prism.count_parameters(run.student))
-    epochs = stage.steps * stage.batch_size / images
-    print(f"\n{run.name}: {stage.steps} steps x {stage.batch_size} images of {images} = {epochs:.1f} epochs "
-          f"at {args.image_size} px; {rt.world_size} processes, "
-          f"{stage.batch_size // rt.world_size} images each")
+    part = stage.batch_size // rt.world_size // args.accumulate
+    print(f"\n{run.name}: {stage.steps} steps x {stage.batch_size} images of {images} = {stage.epochs:.1f} "
+          f"epochs at {stage.image_size[0]} x {stage.image_size[1]} px; {rt.world_size} processes x "
+          f"{args.accumulate} passes x {part} images")
     print(f"  student {args.size}: {total:.2f} M parameters, all trainable, {active:.2f} M active per token; "
           f"contexts {' '.join(run.student.contexts)}")
-    print(f"  {rt.device}, {rt.amp or torch.float32}, lr {stage.lr:g} {stage.decay}, weight decay "
+    print(f"  {rt.device}, {rt.amp or torch.float32}, lr {' and '.join(f'{stage.lr * r:g}' for r in rates)} "
+          f"{stage.decay} after {round(stage.warmup * stage.steps)} steps of warm-up, weight decay "
           f"{stage.weight_decay:g}, clip {stage.clip:g}, seed {args.seed}; {report}", flush=True)
+
+
+def pass_over(args: Args, rt: Runtime, run: Run, model: nn.Module, taught: teachers.Teachers, batch: dict,
+              ids: torch.Tensor) -> dict[str, Tensor]:
+    """Run one batch forward and backward; its share of the step's gradient is 1 / args.accumulate.
+
+    Returns every value for the log, detached.
+    """
+    cfg = run.student.cfg
+    with torch.autocast(rt.device.type, rt.amp) if rt.amp else nullcontext():
+        targets = taught.targets(batch["image"], ids)
+        out = model(batch["image"], ids, tuple(cfg.tasks))
+        terms = loss_terms(out, targets, batch, cfg, args.distill_weight if cfg.tasks else 1.0)
+        loss = sum(weight * term for weight, term in terms.values())
+    (loss / args.accumulate).backward()
+    return {**{k: v.detach() for k, (_, v) in terms.items()}, "loss": loss.detach(),
+            **routing_values(out.routes, cfg.moe_blocks)}
 
 
 def fit(args: Args, rt: Runtime, run: Run, taught: teachers.Teachers) -> None:
     """Train one stage from its start to its end: the one loop of every stage."""
     name, stage, student, optimizer, dataset, start, _ = run
-    cfg, B = student.cfg, stage.batch_size // rt.world_size
+    B, parts = stage.batch_size // rt.world_size, args.accumulate
     if compiles(args, rt):
         student.trunk = torch.compile(student.trunk)
     model = DistributedDataParallel(student, broadcast_buffers=False) if rt.world_size > 1 else student
     model.train()
     log = Log(args.out_dir / "log.jsonl", rt, name, stage.steps, start, args.log_every)
-    mine = slice(rt.rank * B, (rt.rank + 1) * B)
     batches = data.batches(dataset, B, stage.steps, start, args.seed, rt.rank, rt.world_size, args.workers)
     batches = data.track(batches, name, stage.steps, start, lines=False, quiet=rt.rank > 0)
     for step, batch in enumerate(batches, start):
         batch = {k: v.to(rt.device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
-        ids = assign_teachers(stage.batch_size, len(cfg.teachers), args.seed, step)[mine]
-        ids = torch.from_numpy(ids).to(rt.device)  # (B,)
-        torch.manual_seed(np.random.SeedSequence((args.seed, step, rt.rank)).generate_state(1)[0].item())
+        ids = assign_teachers(stage.batch_size, len(student.cfg.teachers), args.seed, step)
+        batch["teacher"] = torch.from_numpy(ids[rt.rank * B : (rt.rank + 1) * B]).to(rt.device)  # (B,)
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, stage)
-        with torch.autocast(rt.device.type, rt.amp) if rt.amp else nullcontext():
-            targets = taught.targets(batch["image"], ids)
-            out = model(batch["image"], ids, tuple(cfg.tasks))
-            terms = loss_terms(out, targets, batch, cfg, args.distill_weight if cfg.tasks else 1.0)
-            loss = sum(weight * term for weight, term in terms.values())
-        loss.backward()
+            group["lr"] = group["factor"] * lr_at(step, stage)
+        values = []
+        for part in range(parts):
+            torch.manual_seed(seed_of(args.seed, step, rt.rank, part))
+            share = {k: v[part * B // parts : (part + 1) * B // parts] for k, v in batch.items()}
+            last = part == parts - 1 or rt.world_size == 1
+            with nullcontext() if last else model.no_sync():  # gradients are exchanged once per step
+                values.append(pass_over(args, rt, run, model, taught, share, share.pop("teacher")))
         norm = nn.utils.clip_grad_norm_(student.parameters(), stage.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        log.add({**{k: v for k, (_, v) in terms.items()}, "loss": loss, "grad_norm": norm,
-                 **routing_values(out.routes, cfg.moe_blocks)})
+        means = {k: sum(v[k].float().mean() for v in values) / parts for k in values[0]}
+        log.add({**means, "grad_norm": norm})
         done = step + 1
         saves = done % args.save_every == 0 or done == stage.steps
         if saves or done % args.log_every == 0:
             log.flush(done, stage.batch_size, lr_at(step, stage))  # raises before bad weights are saved
         if saves and rt.rank == 0:
             save_checkpoint(args, run, done)
+
+
+def seed_of(*numbers: int) -> int:
+    """Mix numbers into one seed."""
+    return np.random.SeedSequence(numbers).generate_state(1)[0].item()
 
 
 def compiles(args: Args, rt: Runtime) -> bool:
