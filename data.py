@@ -1362,7 +1362,8 @@ def open_data(spec: str, split: str, **options) -> Samples:
     if kind not in READERS or not (root or layout):
         raise ValueError(f'data "{spec}" is unknown; use "world", "world-nyud" or "KIND:/path" with KIND '
                          f"one of {', '.join(READERS)}")
-    root = root or render_world(size=options.get("size") or WorldSettings.size, layout=layout)
+    size = options.get("size") or WorldSettings.size
+    root = root or render_world(size=size if isinstance(size, int) else max(size), layout=layout)
     return READERS[kind](Path(root).expanduser(), split, **options)
 
 

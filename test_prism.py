@@ -591,6 +591,15 @@ def test_several_passes_make_one_step(small_world, tmp_path, tiny, monkeypatch):
         tiny_run(small_world, tmp_path / "four", accumulate=4, **settings)
 
 
+def test_the_nyud_world_trains_its_four_tasks(tmp_path, tiny):
+    """A recipe, loss or head that knows PASCAL's tasks alone."""
+    root = data.render_world(tmp_path / "w", size=32, train=8, val=2, probe=2, layout="nyud")
+    stored = tiny_run(root, tmp_path / "out", data=f"world-nyud:{root}", stage="all", steps=2)
+    assert stored["config"]["tasks"] == {"semseg": 12, "normals": 3, "edge": 1, "depth": 1}
+    rows = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert {"semseg", "normals", "edge", "depth"} < rows[-1].keys() and "sal" not in rows[-1]
+
+
 def test_stages_may_differ_in_image_size(small_world, tmp_path, tiny):
     """A position table of stage 1 that does not fit stage 2; height taken for width."""
     tiny_run(small_world, tmp_path, stage="deconstruct", steps=1)
