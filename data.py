@@ -1,8 +1,10 @@
-"""Data: the rendered world, PASCAL-Context and NYUDv2, their transforms, a loader that can resume.
+"""Data: the rendered world, PASCAL-Context, NYUDv2, images without labels; a loader that can resume.
 
     python data.py                    renders the world once and draws a contact sheet
     python data.py --show /data/PASCALContext
     python data.py --check /data/NYUDv2
+    python data.py --check "tars:/data/shard-{0000..0123}.tar"    (stage 1: any images will do)
+    python data.py --bench imagenet:/data/imagenet --image-size 384
 
 Folder layout: PASCAL-Context as its multi-task archives ship it; the world adds the last three
     JPEGImages/<id>.jpg               RGB
@@ -43,26 +45,36 @@ the world also instance (the same array, PASCAL layout only), caption and things
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
+import signal
 import sys
+import tarfile
+import threading
 import time
+import traceback
 import uuid
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 import tyro
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from rich.table import Table
 from scipy.io import loadmat, savemat
 from torch.utils.data import DataLoader, Dataset, default_collate
 
@@ -1176,7 +1188,7 @@ class PascalContext(LabelFolder):
 
     def __init__(self, root: str | Path, split: str, *place, decoded: bool = True, **options):
         super().__init__(root, split, *place, **options)
-        key = hash_of(str(self.root.resolve()), own_source("readers", "transforms"))
+        key = hash_of(str(self.root.resolve()), own_source("readers", "images without labels"))
         self.decoded = cache_folder() / f"decoded/{self.kind}-{key}" if decoded else None
         self.valid_normals, self.part_lists = self.read_valid_normals(), self.read_part_lists()
 
@@ -1355,16 +1367,231 @@ READERS = {reader.kind: reader for reader in (World, WorldNYUD, PascalContext, N
 def open_data(spec: str, split: str, **options) -> Samples:
     """Open a split of "world" or "world-nyud" (rendered once, at `size`) or of "KIND:/path".
 
-    KIND: a key of READERS. options: as those classes take them. Raises ValueError for another spec.
+    KIND: a key of READERS, or for stage 1 of UNLABELLED: "images:/path", "imagenet:/path" (its folder
+    named like the split, if there is one), "tars:/path/*.tar". options: as those classes take them.
+    Raises ValueError for another spec.
     """
     kind, _, root = spec.partition(":")
+    if kind in UNLABELLED and root:
+        return ImageFolder(Path(root).expanduser(), split, kind=kind, **options)
     layout = {reader.kind: layout for layout, reader in WORLDS.items()}.get(kind)
     if kind not in READERS or not (root or layout):
         raise ValueError(f'data "{spec}" is unknown; use "world", "world-nyud" or "KIND:/path" with KIND '
-                         f"one of {', '.join(READERS)}")
+                         f"one of {', '.join((*READERS, *UNLABELLED))}")
     size = options.get("size") or WorldSettings.size
     root = root or render_world(size=size if isinstance(size, int) else max(size), layout=layout)
     return READERS[kind](Path(root).expanduser(), split, **options)
+
+
+# === images without labels ===
+# For stage 1, by the million: names lie in one block of memory, which forks without being copied
+# and pickles in milliseconds. One that cannot be read is replaced, named and counted.
+
+UNLABELLED = ("images", "imagenet", "tars")  # kinds of `open_data`
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # whatever the suffix says
+TRIES = 10  # unreadable images in a row for one sample
+
+
+def is_image(name: str) -> bool:
+    """Tell an image by its suffix; names with a dot in front are other programs' notes."""
+    return name.lower().endswith(SUFFIXES) and not os.path.basename(name).startswith(".")
+
+
+def printable(name: str) -> str:
+    """Spell out the bytes of a file name that are no text; to print them would raise."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
+class Names(Sequence):
+    """Names as one block of bytes: no object for each."""
+
+    def __init__(self, names: list[bytes]):
+        self.block = b"".join(names)
+        self.ends = np.cumsum([0, *map(len, names)])
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, i: int) -> str:
+        return os.fsdecode(self.block[self.ends[i] : self.ends[i + 1]])
+
+
+def list_images(root: Path) -> list[bytes]:
+    """List the images below a folder, sorted; each real folder once, whatever links lead there."""
+    names, seen, folders = [], set(), [""]
+    while folders:
+        folder = folders.pop()
+        path = os.path.join(root, folder)
+        status = os.stat(path)
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        below = []
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    below.append(f"{folder}{entry.name}/")
+                elif is_image(entry.name):
+                    names.append(os.fsencode(folder + entry.name))
+        folders += sorted(below, reverse=True)  # else the disk decides which link comes first
+    return sorted(names)
+
+
+def find_tars(pattern: str) -> list[str]:
+    """Expand a glob with {0000..0123} ranges; every number of a range must be there."""
+    if span := re.search(r"\{(\d+)\.\.(\d+)\}", pattern):
+        first, last = span.groups()
+        numbers = (str(k).zfill(len(first)) for k in range(int(first), int(last) + 1))
+        return [path for number in numbers
+                for path in find_tars(pattern[: span.start()] + number + pattern[span.end() :])]
+    found = sorted(glob.glob(pattern, recursive=True))
+    if not found:
+        raise FileNotFoundError(f"{pattern} matches no file; name plain tars as /path/*.tar")
+    if packed := [path for path in found if not path.endswith(".tar")]:
+        raise ValueError(f"{packed[0]} is no plain .tar; decompress it, or narrow the pattern")
+    return found
+
+
+def scan_tar(path: str) -> tuple[list[bytes], np.ndarray, bool]:
+    """Read all headers of a tar: images' names, (n, 2) int64 offset and size, is the tar whole."""
+    names, places, end = [], [], 0
+    try:
+        with tarfile.open(path, "r:") as tar:
+            while member := tar.next():
+                tar.members.clear()  # else it keeps a kilobyte of each
+                end = tar.offset
+                if member.isreg() and not member.issparse() and is_image(member.name):
+                    names.append(os.fsencode(member.name))
+                    places.append((member.offset_data, member.size))
+    except tarfile.TarError:
+        if not end:
+            raise ValueError(f"{path} is no plain tar; decompress it, or copy it again") from None
+    with open(path, "rb") as file:  # tarfile takes a damaged header for the end
+        file.seek(end)
+        whole = end <= os.path.getsize(path) and not any(file.read(512))
+    return names, np.array(places, np.int64).reshape(-1, 2), whole
+
+
+def index_tar(path: str) -> tuple[list[bytes], np.ndarray]:
+    """Return what scan_tar finds, from the cache if the tar is still the same."""
+    status, key = os.stat(path), hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()
+    stamp, cached = [status.st_size, status.st_mtime_ns], cache_folder() / f"tar-index/{key[:16]}.npz"
+    try:
+        with np.load(cached) as stored:
+            if stored["stamp"].tolist() == stamp:
+                return stored["names"].tobytes().split(b"\0")[:-1], stored["places"]
+    except Exception:  # absent or damaged, which numpy says in many ways: built again
+        pass
+    names, places, whole = scan_tar(path)
+    if not whole:  # not cached, so that it is said every time
+        print(f"{path} is cut off or damaged: {len(names)} images of it are used; copy it again")
+        return names, places
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    temporary = cached.with_name(f".{uuid.uuid4().hex}.npz")
+    block = np.frombuffer(b"".join(name + b"\0" for name in names), np.uint8)
+    np.savez(temporary, names=block, places=places, stamp=stamp)
+    temporary.replace(cached)
+    return names, places
+
+
+def decode_image(content: bytes, least: int) -> np.ndarray:
+    """Decode an image of any mode as upright (H, W, 3) uint8; transparency is dropped.
+
+    least: a JPEG whose sides are both 2, 4 or 8 times this many pixels comes at that fraction.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # odd EXIF and palettes, by the thousand
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            picture = Image.open(BytesIO(content), formats=FORMATS)
+        except UnidentifiedImageError:
+            raise ValueError("no image, or cut off in its header") from None
+        picture.draft(None, (least, least))
+        ImageOps.exif_transpose(picture, in_place=True)
+        if picture.mode == "F":
+            raise ValueError("floats of unknown range")
+        if picture.mode.startswith("I"):  # 16 bit gray, which convert() would clip at 255
+            deep = np.clip(np.asarray(picture).astype(np.int64), 0, 65535)
+            picture = Image.fromarray(((deep + 128) // 257).astype(np.uint8))
+        return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
+
+
+class ImageFolder(Samples):
+    """Images without labels, for stage 1: below a folder, or in tars by a glob with {0..9} ranges.
+
+    The loader gets the distill view if `train`, as does dataset[(i, step, slot)]; dataset[i] is
+    the largest centred crop. Tars are read in place; webdataset's other members are passed over.
+    """
+
+    tasks, classes = {}, {}
+
+    def __init__(self, root: str | Path, split: str = "train", size: int | tuple[int, int] | None = None,
+                 train: bool | None = None, seed: int = 0, view: str = "distill",
+                 kind: str = "images", **options):
+        if view != "distill":
+            raise ValueError(f"{root} has no labels; use it for --stage deconstruct alone")
+        self.source, self.root, self.split = f"{kind}:{Path(root).absolute()}", Path(root), split
+        if kind == "imagenet" and (self.root / split).is_dir():
+            self.root /= split
+        self.tars, parts = [], []
+        if self.root.is_dir():
+            names = list_images(self.root)
+        elif ".tar" in self.root.name:
+            self.tars = find_tars(str(self.root))
+            parts = list(track(map(index_tar, self.tars), "indexing tars", len(self.tars)))
+            names = [name for part, _ in parts for name in part]
+        else:
+            raise FileNotFoundError(f"{root} is no folder; name one, or plain tars as /path/*.tar")
+        if not names:
+            raise ValueError(f"{root} holds no images; known suffixes are {' '.join(SUFFIXES)}")
+        if self.tars:  # (n, 3): number of the tar, offset and size in it
+            self.places = np.concatenate([np.insert(p, 0, k, 1) for k, (_, p) in enumerate(parts)])
+        train = split == "train" if train is None else train
+        super().__init__(Names(names), size or (224, 224), train, seed, view, **options)
+        # Enough for the smallest crop, so that a reduced JPEG is never enlarged where it was not.
+        self.least = math.ceil(max(self.size) / math.sqrt(self.crop_scale[0]))
+
+    def path(self, i: int) -> str:
+        """Name image i: its file, or its tar and the member."""
+        return f"{self.tars[self.places[i, 0]] if self.tars else self.root}/{self.ids[i]}"
+
+    def fetch(self, i: int) -> bytes:
+        """Read image i as it is stored; a tar is opened each time: nothing to share or to pickle."""
+        tar, start, size = self.places[i].tolist() if self.tars else (0, 0, -1)
+        with open(self.tars[tar] if self.tars else self.path(i), "rb") as file:
+            file.seek(start)
+            return file.read(size)
+
+    def read(self, i: int, labels: bool = False) -> dict:
+        image = decode_file(printable(self.path(i)), lambda path: decode_image(self.fetch(i), self.least))
+        return {"image": image, "name": printable(self.ids[i])}
+
+    def look(self, i: int, place: tuple[int, int] | tuple[()]) -> dict:
+        """Return the view of image i at (step, slot), or without them the centred one."""
+        sample = self.read(i)
+        if place and self.train:
+            rng = np.random.default_rng((self.seed, *place))
+            sample |= distill_view(sample["image"], self.size, rng, self.crop_scale)
+        else:
+            whole, shape = Image.fromarray(sample["image"]), self.size[::-1]
+            sample["image"] = np.asarray(ImageOps.fit(whole, shape, Image.Resampling.BILINEAR))
+        return to_tensors(sample, self.size) | {"name": sample["name"]}
+
+    def __getitem__(self, key: int | tuple[int, int, int]) -> dict:
+        """Replace what cannot be read by other images that (seed, step, slot) choose."""
+        i, *place = key if isinstance(key, tuple) else (key,)
+        unreadable = []
+        for attempt in range(1, TRIES + 1):
+            try:
+                return self.look(i, tuple(place)) | ({"unreadable": unreadable} if unreadable else {})
+            except (ValueError, OSError) as error:
+                if not place:
+                    raise
+                unreadable.append(str(error))
+                draw = np.random.default_rng((self.seed, *place, attempt))  # attempt 0: the view's
+                i = int(draw.integers(len(self)))
+        raise ValueError(f"{TRIES} images in a row cannot be read; the last: {unreadable[-1]}")
 
 
 # === transforms ===
@@ -1522,7 +1749,11 @@ def pad(array: np.ndarray, size: tuple[int, int], fill: float | tuple) -> np.nda
 
 def to_tensors(sample: dict, size: tuple[int, int]) -> dict[str, torch.Tensor]:
     """Pad a sample of numpy arrays, mark what is to be ignored with 255, and make it tensors."""
-    out = {"image": pad(sample["image"].astype(np.float32) / 255, size, MEAN_COLOUR)}
+    # Channels move while still bytes, the division is in place: together 6 times as fast.
+    pixels = np.ascontiguousarray(sample["image"].transpose(2, 0, 1)).astype(np.float32)  # (3, H, W)
+    pixels /= 255
+    image = pixels.transpose(1, 2, 0)  # (H, W, 3), a view
+    out = {"image": image if image.shape[:2] == size else pad(image, size, MEAN_COLOUR)}
     out |= {key: pad(sample[key], size, row.unknown) for key, row in TASKS.items() if key in sample}
     if "normals" in out:
         out["normals"][~out["normals"].any(-1)] = IGNORE
@@ -1539,6 +1770,9 @@ def to_tensors(sample: dict, size: tuple[int, int]) -> dict[str, torch.Tensor]:
 
 # === loader ===
 
+RESTARTS = 5  # of the loader's workers in a row, without a batch in between
+ALLOWED = (0.01, 9)  # unreadable images: share of those tried, and how many in any case
+
 
 def sample_order(length: int, batch_size: int, steps: range, seed: int, rank: int, world_size: int):
     """Yield the samples [(index, step, slot), ...] of each step: a function of (seed, step) alone.
@@ -1552,14 +1786,72 @@ def sample_order(length: int, batch_size: int, steps: range, seed: int, rank: in
             now, place = divmod(step * batch_size * world_size + slot, length)
             if now != epoch:  # the last word keeps this stream apart from those of the samples
                 epoch, rng = now, np.random.default_rng((seed, now, 2**32 - 1))
-                permutation = rng.permutation(length).tolist()
-            batch.append((permutation[place], step, slot))
+                permutation = rng.permutation(length)  # an array: a list of 10^6 takes 5 times as much
+            batch.append((int(permutation[place]), step, slot))
         yield batch
 
 
 def collate(samples: list | Exception) -> dict | Exception:
-    """Stack samples, or pass on the error that they met with."""
-    return samples if isinstance(samples, Exception) else default_collate(samples)
+    """Stack samples, or pass on the error that they met with; "unreadable" only if there are any."""
+    if isinstance(samples, Exception):
+        return samples
+    unreadable = [line for sample in samples for line in sample.pop("unreadable", ())]
+    return default_collate(samples) | ({"unreadable": unreadable} if unreadable else {})
+
+
+def start_loader(dataset: Samples, order: Iterator[list], workers: int) -> Iterator:
+    """Start worker processes that fetch the batches of `order`."""
+    loader = DataLoader(
+        dataset, batch_sampler=order, num_workers=workers, collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # its own, else starting it would draw from the global one
+    )
+    if not workers or threading.current_thread() is not threading.main_thread():
+        return iter(loader)
+    # torch raises a worker's death from a signal handler, anywhere, in the middle of a backward
+    # pass even. Without it the loader still sees the death when it next waits, 5 s later at most.
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        return iter(loader)
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+
+
+def survive(start, step: int, workers: int) -> Iterator:
+    """Yield what start(step) yields; when a worker dies, go on with start(step reached)."""
+    loader, failures = None, 0
+    while True:
+        try:
+            loader = start(step) if loader is None else loader
+            batch = next(loader)
+        except StopIteration:
+            return
+        except Exception as error:  # what the worker raised, or what its death broke
+            if not workers:
+                raise
+            loader, failures = None, failures + 1
+            traceback.clear_frames(error.__traceback__)  # the last hold on the old workers: they end
+            why = (str(error).strip() or type(error).__name__).splitlines()[-1]
+            if failures > RESTARTS:
+                raise OSError(f"loader workers failed {failures} times in a row at step {step} ({why}); "
+                              "use fewer --workers, or see that memory and /dev/shm suffice") from error
+            print(f"step {step}: a loader worker failed ({why}); starting {workers} anew", flush=True)
+        else:
+            yield batch
+            step, failures = step + 1, 0
+
+
+def count_unreadable(counts: Counter, lines: list[str], tried: int):
+    """Count unreadable images, print each once. Raises ValueError when more than ALLOWED are."""
+    for line in lines:
+        if line not in counts:
+            print(f"{line}; another image takes its place", flush=True)
+        counts[line] += 1
+    failed = counts.total()
+    if failed > max(ALLOWED[0] * (tried + failed), ALLOWED[1]):
+        share = f"{failed} of {tried + failed} images tried ({failed / (tried + failed):.1%})"
+        raise ValueError(f"{share} cannot be read, {100 * ALLOWED[0]:g} % is allowed; check the disk. First: "
+                         + "; ".join(list(counts)[:3]))
 
 
 def batches(dataset: Samples, batch_size: int, steps: int, start: int = 0, seed: int = 0,
@@ -1567,20 +1859,23 @@ def batches(dataset: Samples, batch_size: int, steps: int, start: int = 0, seed:
     """Yield the batches of steps start .. steps - 1: tensors stacked, names as a list.
 
     batch_size: images per process. Ranks and workers of any number, and a run resumed at any
-    `start`, see what one process with batch_size * world_size would have seen.
-    Raises ValueError or FileNotFoundError, one line that names the file.
+    `start`, see what one process with batch_size * world_size would have seen. Workers that die
+    are started again. dataset.unreadable counts the images that were replaced, by message.
+    Raises ValueError or OSError, one line that names the file.
     """
     if not len(dataset):
         raise ValueError("the data set has no samples; check the file that lists its split")
-    order = sample_order(len(dataset), batch_size, range(start, steps), seed, rank, world_size)
-    loader = DataLoader(
-        dataset, batch_sampler=order, num_workers=workers, collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # its own, else starting it would draw from the global one
-    )
-    for batch in loader:
+
+    def loader(step: int) -> Iterator:
+        order = sample_order(len(dataset), batch_size, range(step, steps), seed, rank, world_size)
+        return start_loader(dataset, order, workers)
+
+    dataset.unreadable = Counter()
+    for done, batch in enumerate(survive(loader, start, workers), 1):
         if isinstance(batch, Exception):
             raise batch
+        if "unreadable" in batch:
+            count_unreadable(dataset.unreadable, batch.pop("unreadable"), done * batch_size)
         yield batch
 
 
@@ -1665,15 +1960,16 @@ def contact_sheet(dataset: LabelFolder, rows: int, cell: int = 192) -> Image.Ima
 
 def guess_spec(root: Path) -> str:
     """Turn a folder into a spec of `open_data`."""
-    kind = "nyud" if (root / NYUDv2.lists).is_dir() else "pascal"
-    return f"{WORLDS[kind].kind if (root / 'meta.json').exists() else kind}:{root}"
+    kind = next((kind for kind in ("nyud", "pascal") if (root / READERS[kind].lists).is_dir()), "images")
+    rendered = kind in WORLDS and (root / "meta.json").exists()
+    return f"{WORLDS[kind].kind if rendered else kind}:{root}"
 
 
 def check(root: Path) -> bool:
     """Count the files of every split, decode a sample of every label; True if all is there."""
     spec, complete = guess_spec(root), True
-    reader = READERS[spec.partition(":")[0]]
-    listed = sorted((root / reader.lists).glob("*.txt"))
+    reader = READERS.get(spec.partition(":")[0])
+    listed = sorted((root / reader.lists).glob("*.txt")) if reader else []
     if not listed:
         raise FileNotFoundError(f"{root} lists no split, neither in {PascalContext.lists} nor in "
                                 f"{NYUDv2.lists}; name the folder PASCALContext or NYUDv2, or a world's")
@@ -1694,23 +1990,108 @@ def check(root: Path) -> bool:
     return True
 
 
+def show_images(dataset: ImageFolder, rows: int, columns: int = 6, cell: int = 160) -> Image.Image:
+    """Draw evenly spaced images as a grid, each above its name."""
+    count = min(rows * columns, len(dataset))
+    sheet = Image.new("RGB", (columns * (cell + 6), math.ceil(count / columns) * (cell + 22)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for k in range(count):
+        x, y, i = k % columns * (cell + 6), k // columns * (cell + 22), k * len(dataset) // count
+        try:
+            picture = ImageOps.contain(Image.fromarray(dataset.read(i)["image"]), (cell, cell))
+            sheet.paste(picture, (x, y + 18))
+        except (ValueError, OSError):
+            draw.text((x + 4, y + cell // 2), "cannot be read", "red", font)
+        draw.text((x + 2, y + 2), printable(os.path.basename(dataset.ids[i]))[-24:], "black", font)
+    return sheet
+
+
+def check_images(dataset: ImageFolder, sample: int = 64) -> bool:
+    """Count images and bytes, decode evenly spaced ones; True if all of those can be read."""
+    kinds = Counter(os.path.splitext(name)[1].lower() for name in dataset.ids)
+    sizes = dataset.places[:, 2].tolist() if dataset.tars else [
+        os.path.getsize(path) for path in map(dataset.path, range(len(dataset))) if os.path.exists(path)]
+    print(f"{dataset.source}: {len(dataset)} images, {sum(sizes) / 2**20:,.1f} MiB; "
+          + ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()))
+    chosen = sorted({k * len(dataset) // sample for k in range(sample)})
+    shapes, failed = [], []
+    for i in track(chosen, "decoding", len(chosen)):
+        try:
+            shapes.append(dataset.read(i)["image"].shape)
+        except (ValueError, OSError) as error:
+            failed.append(str(error))
+    if shapes:
+        ends = np.percentile([shape[:2] for shape in shapes], (0, 50, 100), 0).astype(int)
+        print("height x width: least {}x{}, median {}x{}, greatest {}x{}".format(*ends.flat))
+    print(f"{len(failed)} of {len(chosen)} decoded images cannot be read", *failed, sep="\n  ")
+    return not failed
+
+
+def bench(dataset: ImageFolder, workers: int, images: int = 256, batch_size: int = 32):
+    """Time the loader's parts in one process, then the loader itself; prints a table."""
+    clock, spent = time.perf_counter, Counter()
+
+    def timed(part, function, *inputs):
+        begin = clock()
+        result = function(*inputs)
+        spent[part] += clock() - begin
+        return result
+
+    for first in range(0, images, batch_size):
+        samples = []
+        for k in range(first, first + batch_size):
+            content = timed("read", dataset.fetch, k * len(dataset) // images)
+            image = timed("decode", decode_image, content, dataset.least)
+            rng = np.random.default_rng((dataset.seed, 0, k))
+            view = timed("crop, resize, flip", distill_view, image, dataset.size, rng, dataset.crop_scale)
+            samples.append(timed("tensors", to_tensors, view, dataset.size))
+        timed("collate", collate, samples)
+    table = Table(title=f"{dataset.source}, {images} images at {dataset.size[0]} px, one process")
+    for column in ("part", "ms per image", "share"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    total = spent.total()
+    for part, seconds in (*spent.items(), ("all", total)):
+        table.add_row(part, f"{1000 * seconds / images:.2f}", f"{seconds / total:.0%}")
+    Console().print(table)
+    steps = max(images // batch_size, 8 * workers)
+    stream = batches(dataset, batch_size, 1 + steps, workers=workers)
+    next(stream)  # pays for the workers' start
+    begin = clock()
+    done = sum(len(batch["name"]) for batch in stream)
+    print(f"{images / total:.0f} images/s in one process; the loader with {workers} workers: "
+          f"{done / (clock() - begin):.0f} images/s")
+
+
 @dataclass
 class Args:
-    show: str = "world"  # draw this: a folder, or what open_data takes: world, world-nyud, nyud:/path, ...
+    show: str = "world"  # draw this: a folder, or what open_data takes: world-nyud, images:/path, ...
     split: str = "train"  # split to draw
     rows: int = 8  # samples to draw
     out: Path = Path("contact_sheet.png")  # picture to write
-    check: Path | None = None  # check this folder, draw nothing
+    check: str | None = None  # check this folder or spec, draw nothing
+    bench: str | None = None  # time the loader on images, imagenet or tars, draw nothing
+    image_size: int = 384  # side of the views that --bench makes, pixels
+    workers: int = 0  # loader processes of --bench
     debug: bool = False  # show tracebacks
 
 
 def main(args: Args) -> int:
-    if args.check:
-        return 0 if check(args.check) else 1
-    spec = guess_spec(Path(args.show)) if Path(args.show).is_dir() else args.show
+    given = args.bench or args.check or args.show
+    spec = guess_spec(Path(given)) if Path(given).is_dir() else given
+    unlabelled = spec.partition(":")[0] in UNLABELLED
+    if args.bench and not unlabelled:
+        raise ValueError(f'"{given}" has labels; --bench takes {", ".join(UNLABELLED)}')
+    if args.bench:
+        bench(open_data(spec, "train", size=args.image_size), args.workers)
+        return 0
+    if args.check and not unlabelled:
+        return 0 if check(Path(spec.partition(":")[2] or spec)) else 1
     dataset = open_data(spec, args.split)
-    contact_sheet(dataset, args.rows).save(args.out)
-    print(f"{args.out}: {min(args.rows, len(dataset))} of {len(dataset)} samples of {dataset.root}")
+    if args.check:
+        return 0 if check_images(dataset) else 1
+    sheet = (show_images if unlabelled else contact_sheet)(dataset, args.rows)
+    sheet.save(args.out)
+    print(f"{args.out}: {args.rows} rows of {len(dataset)} samples of {dataset.root}")
     return 0
 
 

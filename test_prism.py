@@ -10,19 +10,25 @@ import fcntl
 import hashlib
 import json
 import math
+import multiprocessing
 import os
+import pickle
 import random
 import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
+import zlib
 from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -424,7 +430,7 @@ def test_recipes_are_the_papers():
         assert train.choose_recipe(train.Args(data=data_spec), "deconstruct", 4998).epochs == 30
     two = train.choose_recipe(train.Args(data="nyud:/x", epochs=2, image_size=(64, 96)), "recompose", 795)
     assert two.steps == 132 and two.image_size == (64, 96)
-    with pytest.raises(ValueError, match="no recipe to recompose on data tars:/x.*world, pascal, nyud"):
+    with pytest.raises(ValueError, match="data tars:/x cannot be used to recompose.*world, pascal, nyud"):
         train.choose_recipe(train.Args(data="tars:/x"), "recompose")
 
 
@@ -2638,6 +2644,312 @@ def test_normals_count_on_170_classes(pascal):
     (pascal / "json/nyu_classes.json").write_text(json.dumps(nyu))
     valid = data.PascalContext(pascal, "val").valid_normals
     assert len(valid) == 170 and set(valid) == {*range(2, 340, 2), 459}
+
+
+# ------------------------------------------------------------------------------------ images without labels
+
+
+def photo(k: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
+    """Paint two smooth ramps that no other k has."""
+    y, x = np.mgrid[: size[1], : size[0]]
+    return Image.fromarray(np.stack([4 * x + k, 5 * y, 0 * x + 9 * k], -1).astype(np.uint8))
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """23 images in folders of three depths; the index of tars goes to the test's own cache."""
+    monkeypatch.setenv("PRISM_CACHE", str(tmp_path / "cache"))
+    root = tmp_path / "photos"
+    for k in range(23):
+        path = root / ("", "a/", "b/c/")[k % 3] / f"{k:02d}.{('png', 'JPG', 'bmp', 'WebP', 'tiff')[k % 5]}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photo(k).save(path)
+    return root
+
+
+def pack(path: Path, members: list[tuple[str, bytes]], **options) -> Path:
+    with tarfile.open(path, "w", **options) as tar:
+        for name, content in members:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, BytesIO(content))
+    return path
+
+
+def stored(root: Path) -> list[tuple[str, bytes]]:
+    return [(str(p.relative_to(root)), p.read_bytes()) for p in sorted(root.rglob("*")) if p.is_file()]
+
+
+def png_header(width: int, height: int) -> bytes:
+    """Forge a PNG that claims a size its few bytes do not have."""
+    file = BytesIO()
+    photo(0).save(file, "png")
+    content = bytearray(file.getvalue())
+    content[16:24] = struct.pack(">II", width, height)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    return bytes(content)
+
+
+def test_odd_images(tmp_path):
+    """16-bit gray clipped to white, photos lying on their side, palettes read as ids, alpha channels."""
+    rgb, gray = photo(5), photo(5).convert("L")
+    deep = np.linspace(0, 65535, 48 * 40).reshape(40, 48).astype(np.uint16)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown after a quarter turn clockwise
+    indexed = rgb.quantize(7)
+    rgba = rgb.copy()
+    rgba.putalpha(gray)
+    flat = Image.new("RGB", (48, 40), (200, 100, 30))
+    turned, eight_bit = {"exif": exif}, Image.fromarray((deep / 257 + 0.5).astype(np.uint8))
+    dot, line = rgb.crop((3, 3, 4, 4)), rgb.crop((3, 0, 4, 40))
+    cases = {
+        "rgba.png": (rgba, rgb), "la.png": (rgba.convert("LA"), gray), "l.png": (gray, gray),
+        "one.png": (gray.convert("1"), gray.convert("1")), "deep.png": (Image.fromarray(deep), eight_bit),
+        "deep.tif": (Image.fromarray(deep), eight_bit), "rgb.webp": (rgb, rgb, {"lossless": True}),
+        "p.png": (indexed, indexed, {"transparency": 2}), "1x1.png": (dot, dot), "1x40.png": (line, line),
+        "side.tif": (rgb, rgb.rotate(-90, expand=True), turned),
+        "side.jpg": (flat, flat.rotate(-90, expand=True), turned), "cmyk.jpg": (flat.convert("CMYK"), flat),
+    }
+    for name, (picture, _, *options) in cases.items():
+        picture.save(tmp_path / name, **dict(*options))
+    dataset = data.ImageFolder(tmp_path, size=(24, 16))
+    assert list(dataset.ids) == sorted(cases)
+    for i, name in enumerate(dataset.ids):
+        image, truth = dataset.read(i)["image"], np.asarray(cases[name][1].convert("RGB")).astype(int)
+        assert image.dtype == np.uint8 and image.shape == truth.shape, name
+        assert abs(image - truth).max() <= (4 if name.endswith("jpg") else 0), name
+        for view in dataset[i], dataset[(i, 0, 0)]:
+            assert view["image"].shape == (3, 24, 16) and 0 <= view["image"].min() <= view["image"].max() <= 1
+    photo(1, (60, 50)).resize((1600, 1200)).save(tmp_path / "rgba.png", "jpeg", quality=95)
+    image = dataset.read(dataset.ids.index("rgba.png"))["image"]  # 24 / sqrt(0.08) = 85 is enough
+    truth = np.asarray(photo(1, (60, 50)).resize((200, 150))).astype(int)
+    assert image.shape == (150, 200, 3) and abs(image - truth).mean() < 4
+
+
+def test_folder_listing(photos, tmp_path):
+    """Loops of links, folders listed twice, other programs' files, an order that the disk decides."""
+    names = [name for name, _ in stored(photos)]
+    (photos / "a/up").symlink_to(photos)
+    (photos / "z").symlink_to(photos / "b")
+    (tmp_path / "far.png").write_bytes((photos / "00.png").read_bytes())
+    (photos / "far.png").symlink_to(tmp_path / "far.png")
+    for other in "notes.txt", "._00.png", "a/x.json", "jpg":
+        (photos / other).write_bytes(b"?")
+    (photos / "photos.png").mkdir()
+    dataset = data.open_data(f"images:{photos}", "train", size=16)
+    assert list(dataset.ids) == sorted([*names, "far.png"]) and dataset.source == f"images:{photos}"
+    assert (dataset.read(dataset.ids.index("far.png"))["image"] == np.asarray(photo(0))).all()
+    many = data.Names([b"n01440764/n01440764_%05d.JPEG" % k for k in range(100_000)])
+    packed = pickle.dumps(many)
+    assert len(packed) < 100_000 * 39 and pickle.loads(packed)[99_999] == "n01440764/n01440764_99999.JPEG"
+    (photos / "train/b").mkdir(parents=True)
+    photo(1).save(photos / "train/b/1.png")
+    assert list(data.open_data(f"imagenet:{photos}", "train").ids) == ["b/1.png"]
+    assert len(data.open_data(f"imagenet:{photos}", "val")) == 25
+
+
+def test_tars_equal_the_folder(photos, tmp_path):
+    """Offsets a header off, long names cut at 100 bytes, labels taken for images, files unpacked."""
+    members = stored(photos)
+    long = "/".join(["deep" * 20] * 3) + "/00.png"
+    hostile = [("../../evil.png", members[0][1]), ("/etc/evil.png", members[0][1])]
+    web = [pair for name, content in members[12:] for pair in (
+        (name, content), (name.rpartition(".")[0] + ".cls", b"7"), (name + ".json", b"{}"))]
+    pack(tmp_path / "s-08.tar", [*members[:12], (long, members[0][1])], format=tarfile.GNU_FORMAT)
+    pack(tmp_path / "s-09.tar", [*web, *hostile], format=tarfile.PAX_FORMAT)
+    before = stored(tmp_path / "photos"), set(os.listdir(tmp_path))
+    dataset = data.open_data(f"tars:{tmp_path}/s-{{08..09}}.tar", "train", size=16)
+    assert set(os.listdir(tmp_path)) == before[1] | {"cache"} and stored(photos) == before[0]
+    assert list(dataset.ids) == [n for n, _ in members[:12]] + [long] + [n for n, _ in members[12:] + hostile]
+    plain = data.ImageFolder(photos, size=16)
+    for i, name in enumerate(dataset.ids):
+        same = plain.ids.index(name) if name in plain.ids else 0
+        assert (dataset.read(i)["image"] == plain.read(same)["image"]).all(), name
+    globbed = data.ImageFolder(f"{tmp_path}/s-*.tar", size=16)
+    again = list(data.batches(pickle.loads(pickle.dumps(dataset)), 4, 3, workers=1))
+    assert all(map(same_batches, data.batches(globbed, 4, 3), again))
+    assert globbed.fetch(0) == members[0][1] and len(stored(tmp_path / "cache/tar-index")) == 2
+
+
+def test_tar_index_follows_the_tar(photos, tmp_path, capsys):
+    """An old index read into a new tar; half a download that goes unsaid, or that stops the run."""
+    members, path = stored(photos), tmp_path / "s.tar"
+    pack(path, members[:5])
+    assert len(data.ImageFolder(path)) == 5
+    [index] = (tmp_path / "cache/tar-index").iterdir()
+    content = index.read_bytes()
+    data.ImageFolder(path)
+    assert index.read_bytes() == content
+    pack(path, members[3:])
+    assert list(data.ImageFolder(path).ids) == [name for name, _ in members[3:]]
+    size = path.stat().st_size
+    pack(path, [("Z" + name[1:], content) for name, content in members[3:]])  # of the same size
+    assert path.stat().st_size == size and all(name[0] == "Z" for name in data.ImageFolder(path).ids)
+    index.write_bytes(content[:100])
+    assert len(data.ImageFolder(path)) == 20
+    pack(path, members[:5])
+    whole = path.read_bytes()
+    last = data.ImageFolder(path).places[-1]
+    capsys.readouterr()
+    for end, left in (last[1] + last[2] // 2, 5), (last[1] - 100, 4):
+        path.write_bytes(whole[:end])
+        for _ in "again", "and not from the cache":
+            cut = data.ImageFolder(path, size=16)
+            says = f"s.tar is cut off or damaged: {left} images of it are used"
+            assert len(cut) == left and (says in capsys.readouterr().out or left == 4)
+    path.write_bytes(whole[: last[1] - 512] + b"\7" * 512 + whole[last[1] :])  # a header in the middle
+    assert len(data.ImageFolder(path)) == 4 and "damaged: 4 images" in capsys.readouterr().out
+    path.write_bytes(whole[: last[1] + last[2] // 2])
+    cut = data.ImageFolder(path, size=16)
+    with pytest.raises(ValueError, match=f"s.tar/{re.escape(members[4][0])} cannot be decoded"):
+        cut.read(4)
+    for content in b"", b"\x1f\x8b" + bytes(2000):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="s.tar is no plain tar; decompress it"):
+            data.ImageFolder(path)
+
+
+def spoil(folder: Path) -> list[str]:
+    """Add one file of every unreadable kind."""
+    jpeg, png = (folder / "a/01.JPG").read_bytes(), (folder / "00.png").read_bytes()
+    bad = {"cut.jpg": jpeg[: len(jpeg) // 2], "cut.png": png[: len(png) // 2], "empty.png": b"",
+           "text.jpeg": b"no image at all\n" * 50, "bomb.png": png_header(40_000, 40_000),
+           "large.png": png_header(10_000, 10_000)}
+    for name, content in bad.items():
+        (folder / name).write_bytes(content)
+    (folder / "gone.png").symlink_to(folder / "nowhere")
+    return [*bad, "gone.png"]
+
+
+def test_unreadable_images_are_replaced(photos, capsys, monkeypatch):
+    """Replacements that workers, ranks or a resume change; a broken file unnamed, or named each time."""
+    bad = spoil(photos)
+    monkeypatch.setattr(data, "ALLOWED", (0.9, 0))
+    dataset = data.ImageFolder(photos, size=16, seed=3)
+    assert len(dataset) == 30
+    for name in bad:
+        with pytest.raises((ValueError, FileNotFoundError), match=re.escape(f"{photos}/{name} ")) as caught:
+            dataset[dataset.ids.index(name)]
+        assert ("pixels) exceeds" in str(caught.value)) == (name in ("bomb.png", "large.png"))
+        assert "\n" not in str(caught.value)
+    capsys.readouterr()
+    whole = list(data.batches(dataset, 4, 16, seed=3))  # two epochs and a bit
+    said = capsys.readouterr().out
+    assert all(said.count(f"/{name} ") == 1 for name in bad) and said.count("\n") == len(bad)
+    assert len(dataset.unreadable) == 7 and dataset.unreadable.total() >= 14
+    assert all(batch.keys() == {"image", "name"} and not set(batch["name"]) & set(bad) for batch in whole)
+    assert len({name for batch in whole for name in batch["name"]}) == 23
+    for workers in 1, 2:
+        assert all(map(same_batches, whole, data.batches(dataset, 4, 16, seed=3, workers=workers)))
+    assert all(map(same_batches, whole[7:], data.batches(dataset, 4, 16, start=7, seed=3)))
+    ranks = [data.batches(dataset, 2, 16, seed=3, rank=r, world_size=2) for r in (0, 1)]
+    for one, left, right in zip(whole, *ranks, strict=True):
+        assert one["name"] == left["name"] + right["name"]
+        assert torch.equal(one["image"], torch.cat([left["image"], right["image"]]))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_many_unreadable_images_stop(photos, workers):
+    """A run on a dying disk that goes on with what is left of it, or one bad file that stops a run."""
+    for k in range(4):
+        (photos / f"bad{k}.jpg").write_bytes(b"?")
+    with pytest.raises(ValueError, match=r"1\d of \d+ images tried \(\d+.\d%\) cannot be") as caught:
+        list(data.batches(data.ImageFolder(photos, size=16), 4, 100, workers=workers))
+    assert "bad" in str(caught.value) and "\n" not in str(caught.value)
+    for k in range(1, 4):
+        (photos / f"bad{k}.jpg").unlink()
+    assert len(list(data.batches(data.ImageFolder(photos, size=16), 4, 30, workers=workers))) == 30  # 5 times
+    counts = data.Counter()
+    data.count_unreadable(counts, ["x"] * 11, 1089)  # 1 % to the image
+    with pytest.raises(ValueError, match="12 of 1101"):
+        data.count_unreadable(counts, ["x"], 1089)
+    for path in photos.rglob("*.*"):
+        path.write_bytes(b"?")
+    with pytest.raises(ValueError, match="10 images in a row cannot be read"):
+        list(data.batches(data.ImageFolder(photos, size=16), 4, 9, workers=workers))
+
+
+def test_killed_worker_loses_nothing(photos, capsys):
+    """A run of days that ends with one worker, or that skips or repeats batches after it."""
+    dataset, before = data.ImageFolder(photos, size=16), signal.getsignal(signal.SIGCHLD)
+    whole, seen = list(data.batches(dataset, 4, 30)), []
+    for batch in data.batches(dataset, 4, 30, workers=2):
+        seen.append(batch)
+        if len(seen) == 4:
+            assert signal.getsignal(signal.SIGCHLD) == before
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            time.sleep(0.3)  # the middle of a training step, where no exception may come up
+    assert len(seen) == 30 and all(map(same_batches, whole, seen))
+    assert re.findall(r"step \d+: a loader worker failed \(.*\); starting 2 anew", capsys.readouterr().out)
+
+
+class Fragile(data.ImageFolder):
+    """Raise what no reader foresees at steps 2 and 6, until a file says that it was often enough."""
+
+    def __getitem__(self, key):
+        if key[1] in (2, 6) and self.log.read_text().count(str(key[1])) < self.times:
+            self.log.write_text(self.log.read_text() + str(key[1]))
+            raise KeyError("unforeseen")
+        return super().__getitem__(key)
+
+
+def test_raising_worker_is_restarted_five_times(photos, tmp_path, capsys):
+    """Endless restarts, or an error of the loader's own process that is taken for a worker's."""
+    dataset = Fragile(photos, size=16)
+    dataset.log, dataset.times = tmp_path / "log", 5
+    dataset.log.write_text("")
+    others = set(multiprocessing.active_children())
+    for done, _ in enumerate(data.batches(dataset, 4, 8, workers=1), 1):  # the old worker has ended
+        assert done == 8 or len(set(multiprocessing.active_children()) - others) == 1
+    assert done == 8
+    out = capsys.readouterr().out
+    assert all(out.count(f"step {k}: a loader worker failed (KeyError: 'unforeseen')") == 5 for k in (2, 6))
+    dataset.times = 99
+    with pytest.raises(OSError, match="failed 6 times in a row at step 2 .*; use fewer --workers"):
+        list(data.batches(dataset, 4, 5, workers=1))
+    with pytest.raises(KeyError):
+        list(data.batches(dataset, 4, 5))
+
+
+def test_specs_of_unlabelled_images(photos, tmp_path):
+    """Labels wished for after days of stage 1; a missing shard passed over; compressed tars."""
+    pack(tmp_path / "s-0.tar", stored(photos))
+    (tmp_path / "s-1.tar.gz").write_bytes(b"")
+    (tmp_path / "empty").mkdir()
+    for spec, says in {
+        f"tars:{tmp_path}/s-*": "is no folder; name one, or plain tars as",
+        f"tars:{tmp_path}/s-*.tar*": "s-1.tar.gz is no plain .tar; decompress it",
+        f"tars:{tmp_path}/s-{{0..2}}.tar": "s-1.tar matches no file",
+        f"images:{tmp_path}/nowhere": "nowhere is no folder; name one",
+        f"images:{tmp_path}/empty": "empty holds no images; known suffixes are .jpg",
+        f"tars:{tmp_path}/s-{{1..0}}.tar": "holds no images", "images:": '"images:" is unknown; use "world"',
+    }.items():
+        with pytest.raises((ValueError, OSError), match=re.escape(says)):
+            data.open_data(spec, "train")
+    with pytest.raises(ValueError, match="has no labels; use it for --stage deconstruct"):
+        data.open_data(f"images:{photos}", "train", view="multitask")
+    args = train.Args(data=f"images:{photos}", out_dir=tmp_path / "out")
+    with pytest.raises(ValueError, match="cannot be used to recompose: it has no labels"):
+        train.check_args(args)
+    train.check_args(replace(args, stage="deconstruct"))
+
+
+def test_commands_on_unlabelled_images(photos, tmp_path, capsys):
+    """A check that praises broken files, a sheet that breaks on them, a benchmark that cannot run."""
+    pack(tmp_path / "s.tar", stored(photos))
+    assert data.main(data.Args(check=f"tars:{tmp_path}/s.tar")) == 0
+    assert "23 images, 0.1 MiB; 5 .png, 5 .jpg, 5 .bmp, 4 .webp, 4 .tiff" in capsys.readouterr().out
+    assert data.main(data.Args(bench=str(photos), image_size=16)) == 0
+    out = capsys.readouterr().out
+    assert all(part in out for part in ("read", "decode", "tensors", "collate", "images/s in one process"))
+    spoil(photos)
+    assert data.main(data.Args(check=str(photos))) == 1
+    out = capsys.readouterr().out
+    assert "7 of 30 decoded images cannot be read" in out and f"{photos}/cut.jpg cannot be decoded" in out
+    data.main(data.Args(show=str(photos), rows=2, out=tmp_path / "sheet.png"))
+    assert Image.open(tmp_path / "sheet.png").size == (996, 364)
+    with pytest.raises(ValueError, match='"world" has labels; --bench takes images, imagenet, tars'):
+        data.main(data.Args(bench="world"))
 
 
 # ------------------------------------------------------------------------------------------------ pictures

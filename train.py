@@ -51,7 +51,7 @@ class Args:
 
     stage: Literal["all", "deconstruct", "recompose"] = "all"  # all: deconstruct, then recompose
     size: Literal["toy", "small", "base", "large"] = "toy"  # student, see `python prism.py`
-    data: str = "world"  # world, world-nyud (rendered, cached), or world:, world-nyud:, pascal:, nyud:FOLDER
+    data: str = "world"  # world, world-nyud; KIND:FOLDER: pascal, nyud; stage 1 also images, imagenet, tars
     teachers: tuple[str, ...] = ("toy-clip", "toy-dino", "toy-sam")  # `python teachers.py`; or NAME=FOLDER
     sam_size: int | None = None  # longest side of SAM's input, pixels; less than 1024 is an approximation
     tasks: tuple[str, ...] = ()  # default: all that the data has
@@ -71,7 +71,7 @@ class Args:
     seed: int = 0  # of weights, order, augmentation, noise
     device: str | None = None  # default: cuda if there is one, else cpu
     compile: bool | None = None  # torch.compile student and teachers (default: on cuda)
-    workers: int = 0  # loader processes per training process
+    workers: int | None = None  # loader processes per training process (default: on cuda all cores' share)
     log_every: int = 20  # steps between log lines
     save_every: int = 100  # steps between checkpoints
     debug: bool = False  # full traceback on errors
@@ -190,10 +190,10 @@ def stage_names(stage: str) -> list[str]:
 def choose_recipe(args: Args, name: str, images: int = 0) -> Stage:
     """Put the command line's values over the recipe for this kind of data of so many images."""
     kind = args.data.partition(":")[0]
-    kind = {"world-nyud": "world", "imagenet": "images", "tars": "images"}.get(kind, kind)
+    kind = {"world-nyud": "world", **dict.fromkeys(data.UNLABELLED, "images")}.get(kind, kind)
     if kind not in STAGES[name]:
-        raise ValueError(f"no recipe to {name} on data {args.data}; there are some for "
-                         f"{', '.join(STAGES[name])}")
+        raise ValueError(f"data {args.data} cannot be used to {name}: it has no labels, or is of no known "
+                         f"kind; use --stage deconstruct, or one of {', '.join(STAGES[name])}")
     stage = STAGES[name][kind]
     given = {k: getattr(args, k) for k in ("steps", "epochs", "batch_size", "lr", "weight_decay")}
     stage = stage._replace(**{k: v for k, v in given.items() if v is not None})
@@ -446,7 +446,7 @@ class Log:
         self.names = list(values)
         self.rows.append(torch.stack([v.detach().float().mean() for v in values.values()]))
 
-    def flush(self, step: int, images: int, lr: float) -> None:
+    def flush(self, step: int, images: int, lr: float, unreadable: int) -> None:
         """Average the interval that ends before `step` over steps and processes, check, print, append."""
         table = global_sum(torch.stack(self.rows)).cpu() / self.rt.world_size  # (steps, values)
         if bad := torch.nonzero(~torch.isfinite(table)).tolist():
@@ -458,7 +458,7 @@ class Log:
         count, means = len(self.rows), table.mean(0).tolist()
         row = {"stage": self.stage, "step": step, **dict(zip(self.names, means, strict=True)),
                "lr": lr, "images_per_s": images * count / seconds, "ms": 1000 * seconds / count,
-               "memory_gib": peak_memory_gib(self.rt.device),
+               "memory_gib": peak_memory_gib(self.rt.device), "unreadable": unreadable,
                "seconds_left": (self.steps - step) * seconds / count}
         self.rows, self.first, self.clock = [], step, time.perf_counter()
         if self.rt.rank == 0:
@@ -646,7 +646,10 @@ def fit(args: Args, rt: Runtime, run: Run, taught: teachers.Teachers) -> None:
     model = DistributedDataParallel(student, broadcast_buffers=False) if rt.world_size > 1 else student
     model.train()
     log = Log(args.out_dir / "log.jsonl", rt, name, stage.steps, start, args.log_every)
-    batches = data.batches(dataset, B, stage.steps, start, args.seed, rt.rank, rt.world_size, args.workers)
+    workers = args.workers
+    if workers is None:  # the rendered world lies in memory: on a CPU, workers would only take cores
+        workers = min(16, data.core_count() // rt.world_size) if rt.device.type == "cuda" else 0
+    batches = data.batches(dataset, B, stage.steps, start, args.seed, rt.rank, rt.world_size, workers)
     batches = data.track(batches, name, stage.steps, start, lines=False, quiet=rt.rank > 0)
     for step, batch in enumerate(batches, start):
         batch = {k: v.to(rt.device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
@@ -669,7 +672,8 @@ def fit(args: Args, rt: Runtime, run: Run, taught: teachers.Teachers) -> None:
         done = step + 1
         saves = done % args.save_every == 0 or done == stage.steps
         if saves or done % args.log_every == 0:
-            log.flush(done, stage.batch_size, lr_at(step, stage))  # raises before bad weights are saved
+            # raises before bad weights are saved
+            log.flush(done, stage.batch_size, lr_at(step, stage), dataset.unreadable.total())
         if saves and rt.rank == 0:
             save_checkpoint(args, run, done)
 
