@@ -1883,6 +1883,15 @@ def pascal(tmp_path, monkeypatch):
     return root
 
 
+def test_pascal_trains_both_stages(pascal, tmp_path, tiny):
+    """A recipe that cannot start on the real format; teachers or students that want square images."""
+    stored = tiny_run(pascal, tmp_path / "out", data=f"pascal:{pascal}", steps=2, image_size=(32, 48),
+                      save_every=1)
+    assert stored["config"]["tasks"] == {"semseg": 21, "human_parts": 7, "normals": 3, "edge": 1, "sal": 2}
+    assert stored["config"]["grid"] == (4, 6) and stored["step"] == 2
+    assert stored["provenance"]["data"] == f"pascal:{pascal}"
+
+
 # --------------------------------------------------------------------------------------------------- files
 
 
