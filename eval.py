@@ -349,6 +349,60 @@ def delta_m(metrics: dict, reference: dict) -> float:
     return 100 * sum(gains) / len(gains)
 
 
+# Published test rows (PRISM's tables 1 and 2, SAK's table 3; "-" was not given), by data set and boundary
+# protocol: what SAK and PRISM measured themselves, and what they quote of methods that score odsF as InvPT.
+PUBLISHED = {
+    ("pascal", "sak"): (("semseg", "human_parts", "sal", "normals", "edge"), """
+        single-task ViT-B  80.25 70.54 84.54 13.57 74.22
+        multi-task ViT-B   76.76 65.26 84.39 13.98 70.37
+        SAK ViT-B          81.88 74.30 84.79 14.02 74.09
+        PRISM ViT-B        82.20 75.34 84.81 13.47 75.92
+        single-task ViT-L  81.61 72.77 83.80 13.87 75.24
+        SAK ViT-L          84.01 76.99 84.65 13.82 76.27
+        PRISM ViT-L        84.34 77.83 84.67 13.43 76.23"""),
+    ("pascal", "invpt"): (("semseg", "human_parts", "sal", "normals", "edge"), """
+        InvPT ViT-B        77.33 66.62 85.14 13.78 73.20
+        TaskPrompter ViT-B 79.00 67.00 85.05 13.47 73.50
+        MLoRE ViT-B        79.26 67.82 85.31 13.65 74.69"""),
+    ("nyud", "sak"): (("semseg", "depth", "normals", "edge"), """
+        single-task ViT-B  51.15 0.5792 19.77 77.35
+        multi-task ViT-B   49.27 0.5823 19.92 75.88
+        SAK ViT-B          59.93 0.4942 17.60 78.60
+        PRISM ViT-B        60.22 0.4883 17.81 76.59
+        single-task ViT-L  54.19 0.5560 19.22 78.09
+        SAK ViT-L          63.18 0.4313 16.25 79.43"""),
+    ("nyud", "invpt"): (("semseg", "depth", "normals", "edge"), """
+        InvPT ViT-B        50.30 0.5367 19.00 77.60
+        TaskPrompter ViT-B 50.40 0.5402 18.91 77.60"""),
+}
+
+
+def published_rows(kind: str, protocol: str) -> dict[str, dict[str, float]]:
+    """Return {method: {task: value}} of one data set and one protocol, {} where nothing was published."""
+    tasks, text = PUBLISHED.get((kind, protocol), ((), ""))
+    rows = [line.split() for line in text.strip().splitlines()]
+    return {" ".join(row[: -len(tasks)]): dict(zip(tasks, map(float, row[-len(tasks) :]), strict=True))
+            for row in rows}
+
+
+def print_published(kind: str, protocol: str, ours: dict[str, float], size: str) -> None:
+    """Print our headline numbers below the published ones of the same data set and protocol.
+
+    Delta_m is computed, of each row against the single-task row of its size (ours: ViT-B, ViT-L, ...).
+    """
+    rows = published_rows(kind, protocol)
+    if not rows:
+        return
+    tasks = list(next(iter(rows.values())))
+    table = Table("", *tasks, "Delta_m %", title=f"published on {kind}, protocol {protocol}")
+    for name, row in (*rows.items(), (f"this checkpoint, {size}", ours)):
+        single = rows.get(f"single-task {name[-5:]}", {})
+        gain = f"{delta_m(row, single):+.2f}" if single and set(single) <= set(row) else "-"
+        cells = (f"{row[task]:.{4 if task == 'depth' else 2}f}" if task in row else "-" for task in tasks)
+        table.add_row(name, *cells, gain, style="bold" if row is ours else None)
+    console.print(table)
+
+
 def headline(task: str, value: dict | float) -> float:
     """Return the number of a task that published tables print."""
     return value[data.TASKS[task].metric] if isinstance(value, dict) else value
@@ -821,6 +875,8 @@ def main(args: Args) -> None:
         "protocol": {task: COLUMNS[data.TASKS[task].metric][2] for task in tasks},
         "metrics": metrics, "routing": blocks,
     }
+    size = {384: "ViT-S", 768: "ViT-B", 1024: "ViT-L"}.get(model.cfg.dim, f"width {model.cfg.dim}")
+    print_published(source.partition(":")[0], "sak", results["headline"], size)
     if reference:
         results |= {"reference": reference, "delta_m": delta_m(metrics, reference)}
         print(f"Delta_m {results['delta_m']:+.2f} % over {args.reference} ({', '.join(reference)})")

@@ -3314,6 +3314,26 @@ def test_delta_m_reproduces_the_paper():
             scoring.delta_m(student, reference)
 
 
+def test_published_rows(capsys):
+    """A mistyped published number: Delta_m computed from each row must be the printed one, which SAK's and
+    PRISM's papers give (PRISM ViT-B on PASCAL is printed as 2.29; its own row gives 2.52)."""
+    printed = {
+        "pascal": {"multi-task ViT-B": -4.04, "SAK ViT-B": 0.83, "PRISM ViT-B": 2.52, "SAK ViT-L": 2.30,
+                   "PRISM ViT-L": 3.16},
+        "nyud": {"multi-task ViT-B": -1.72, "SAK ViT-B": 11.11, "PRISM ViT-B": 10.59, "SAK ViT-L": 14.05}}
+    for kind, gains in printed.items():
+        rows = scoring.published_rows(kind, "sak")
+        for name, gain in gains.items():
+            single = rows[f"single-task {name[-5:]}"]
+            assert scoring.delta_m(rows[name], single) == pytest.approx(gain, abs=0.0051), name
+        assert set(rows) == {*gains, "single-task ViT-B", "single-task ViT-L"}
+    scoring.print_published("pascal", "sak", rows["SAK ViT-B"], "ViT-B")  # its tasks are NYUD's
+    scoring.print_published("world", "simple", {}, "ViT-B")
+    out = capsys.readouterr().out
+    (ours,) = [line for line in out.splitlines() if "this checkpoint, ViT-B" in line]
+    assert "59.93" in ours and ours.rstrip(" │").endswith("-"), "no Delta_m over tasks that are not all there"
+
+
 # -------------------------------------------------------------------------------------------- routing
 
 
