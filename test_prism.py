@@ -3127,6 +3127,26 @@ def test_miou_equals_loops_and_counts_absent_classes():
     assert hand.compute()["miou"] == pytest.approx(100 / 3)
 
 
+def test_band_is_where_classes_meet():
+    """Would catch: void counted as a class that meets others, the image's border taken for one, a band
+    that is a pixel too wide."""
+    rng = np.random.default_rng(0)
+    p, t = rng.integers(0, 4, (3, 17, 23)), rng.integers(0, 4, (3, 2, 3)).repeat(9, 1).repeat(9, 2)[:, :17, :23]
+    t[:, 3:8, 5:9] = 255
+    metric, near = scoring.MeanIoU(4, band=3), np.full(t.shape, 255)
+    for i, y, x in np.argwhere(t != 255):
+        for v, u in np.argwhere(t[i] != 255):
+            beside = ((v + 1, u), (v - 1, u), (v, u + 1), (v, u - 1))
+            meets = any(0 <= y2 < 17 and 0 <= x2 < 23 and t[i, y2, x2] not in (255, t[i, v, u])
+                        for y2, x2 in beside)
+            if meets and math.hypot(v - y, u - x) < 3:
+                near[i, y, x] = t[i, y, x]
+                break
+    metric.update(p, t)
+    assert metric.compute()["band_miou"] == pytest.approx(np.mean(plain_miou(p, near, 4)), rel=1e-12)
+    assert 0.1 < (near != 255).mean() < 0.9 and not scoring.boundary_band(np.ones((4, 5)), 3).any()
+
+
 def test_miou_of_images_without_labels_is_zero_and_wrong_ids_are_named():
     """Would catch: nan or a crash on images without people; ids that wrap around in the bincount."""
     metric = scoring.MeanIoU(7)
