@@ -3131,7 +3131,8 @@ def test_band_is_where_classes_meet():
     """Would catch: void counted as a class that meets others, the image's border taken for one, a band
     that is a pixel too wide."""
     rng = np.random.default_rng(0)
-    p, t = rng.integers(0, 4, (3, 17, 23)), rng.integers(0, 4, (3, 2, 3)).repeat(9, 1).repeat(9, 2)[:, :17, :23]
+    p, t = rng.integers(0, 4, (3, 17, 23)), rng.integers(0, 4, (3, 2, 3))
+    t = t.repeat(9, 1).repeat(9, 2)[:, :17, :23]
     t[:, 3:8, 5:9] = 255
     metric, near = scoring.MeanIoU(4, band=3), np.full(t.shape, 255)
     for i, y, x in np.argwhere(t != 255):
