@@ -966,6 +966,17 @@ def decode_normals(coded: np.ndarray) -> np.ndarray:
     return np.float32(2) * coded / np.float32(255) - 1
 
 
+def upright_rgb(picture: Image.Image) -> np.ndarray:
+    """Turn a picture of any mode upright (EXIF), as (H, W, 3) uint8; transparency is dropped."""
+    ImageOps.exif_transpose(picture, in_place=True)
+    if picture.mode == "F":
+        raise ValueError("floats of unknown range")
+    if picture.mode.startswith("I"):  # 16 bit gray, which convert() would clip at 255
+        deep = np.clip(np.asarray(picture).astype(np.int64), 0, 65535)
+        picture = Image.fromarray(((deep + 128) // 257).astype(np.uint8))
+    return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
+
+
 def read_photo(path: Path, longest: int = 1024) -> np.ndarray:
     """Read anyone's photo as (H, W, 3) uint8: upright (EXIF), shrunk to at most `longest` pixels a side."""
     if not path.is_file():
@@ -973,7 +984,7 @@ def read_photo(path: Path, longest: int = 1024) -> np.ndarray:
 
     def read(path: Path) -> np.ndarray:
         with Image.open(path) as picture:
-            upright = ImageOps.exif_transpose(picture).convert("RGB")
+            upright = Image.fromarray(upright_rgb(picture))
         upright.thumbnail((longest, longest), Image.Resampling.LANCZOS)
         return np.array(upright)
 
@@ -1508,13 +1519,7 @@ def decode_image(content: bytes, least: int) -> np.ndarray:
         except UnidentifiedImageError:
             raise ValueError("no image, or cut off in its header") from None
         picture.draft(None, (least, least))
-        ImageOps.exif_transpose(picture, in_place=True)
-        if picture.mode == "F":
-            raise ValueError("floats of unknown range")
-        if picture.mode.startswith("I"):  # 16 bit gray, which convert() would clip at 255
-            deep = np.clip(np.asarray(picture).astype(np.int64), 0, 65535)
-            picture = Image.fromarray(((deep + 128) // 257).astype(np.uint8))
-        return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
+        return upright_rgb(picture)
 
 
 class ImageFolder(Samples):

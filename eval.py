@@ -1,6 +1,9 @@
 """Score a student: metrics of every task, Delta_m, what its routers do, pictures.
 
     python eval.py --ckpt out/prism.pt
+    python eval.py --ckpt out/prism.pt --image photo.jpg holiday/   draws every task on anyone's photos
+    python eval.py --ckpt out/prism.pt --save-predictions found/    also writes what it scores
+    python eval.py --predictions found/ --data nyud:/data/NYUDv2    scores such files, ours or a peer's
 
 | task        | metric                         | unit       | better        | protocol |
 |-------------|--------------------------------|------------|---------------|----------|
@@ -23,6 +26,7 @@ metres. Targets are what `dataset.read(i)` or `dataset[i]` give: 255 = ignore, a
 and zero depth. Both are numpy arrays or tensors, one image (H, W) or a batch (B, H, W).
 """
 
+import itertools
 import json
 import math
 import os
@@ -491,9 +495,10 @@ def new_metric(task: str, dataset) -> Metric:
 
 
 def measure(model, dataset, device, batch_size: int, tasks: Sequence[str],
-            indices: Sequence[int] | None = None) -> dict[str, Metric]:
+            indices: Sequence[int] | None = None, save: Path | None = None) -> dict[str, Metric]:
     """Return each task's metric, updated over the images `indices` (default: all).
 
+    save: write the maps below this folder, see `write_maps`.
     With several processes, give each range(rank, len(dataset), processes) and merge their states.
     """
     metrics = {task: new_metric(task, dataset) for task in tasks}
@@ -501,6 +506,8 @@ def measure(model, dataset, device, batch_size: int, tasks: Sequence[str],
     for batch in progress(indices, batch_size, f"evaluate {' '.join(tasks)}"):
         samples = [dataset[i] for i in batch]
         maps = predict_maps(model, stack(samples, "image").to(device), tasks)
+        if save is not None:
+            write_maps(save, dataset, batch, maps)
         for task in (task for task in tasks if task != "edge"):
             metrics[task].update(maps[task], stack(samples, task))
         for i, probability in zip(batch, maps.get("edge", ()), strict="edge" in maps):
@@ -509,9 +516,81 @@ def measure(model, dataset, device, batch_size: int, tasks: Sequence[str],
     return metrics
 
 
-def evaluate(model, dataset, device, batch_size: int, tasks: Sequence[str]) -> dict[str, dict]:
+def evaluate(model, dataset, device, batch_size: int, tasks: Sequence[str],
+             save: Path | None = None) -> dict[str, dict]:
     """Score the model on the whole dataset: {task: what its metric's `compute` returns}."""
-    metrics = measure(model, dataset, device, batch_size, tasks)
+    metrics = measure(model, dataset, device, batch_size, tasks, save=save)
+    return {task: metric.compute() for task, metric in metrics.items()}
+
+
+# ------------------------------------------------------------------------------------ prediction files
+
+PREDICTION_FILES = {  # task -> endings that are read, the first is written; what they hold
+    "semseg": ((".png",), "8-bit class ids"),
+    "human_parts": ((".png",), "8-bit part ids"),
+    "normals": ((".npy", ".png"), "float32 (H, W, 3), x right, y up, z to the camera; png: 127.5 (n + 1)"),
+    "edge": ((".png",), "8-bit gray, floor(255 p)"),
+    "sal": ((".png",), "8-bit gray, floor(255 p)"),
+    "depth": ((".npy", ".mat"), "float32 metres; mat: variable depth"),
+}  # 8-bit colours turn normals by 0.17 degrees in the mean if rounded, by 0.34 if cut off
+
+
+def write_maps(folder: Path, dataset, indices: Sequence[int], maps: dict[str, np.ndarray]) -> None:
+    """Write final maps (B, H, W [, 3]) of padded images as folder/<task>/<id>, at native size."""
+    samples = [dataset.read(i, labels=False) for i in indices]
+    for task, batch in maps.items():
+        files = {}
+        for sample, array in zip(samples, batch, strict=True):
+            array = unpad(array, sample["image"].shape)
+            if task in ("normals", "depth"):
+                content = array.astype(np.float32)
+            else:
+                array = 255 * array if task in ("sal", "edge") else array
+                content = Image.fromarray(array.astype(np.uint8))  # the cast is the floor
+            files[sample["name"] + PREDICTION_FILES[task][0][0]] = content
+        write_files(folder / task, files)
+
+
+def find_maps(folder: Path, dataset, task: str) -> list[Path]:
+    """Return the file of each of the dataset's ids. Raises where one has none, or two."""
+    found = [[path for ending in PREDICTION_FILES[task][0]
+              if (path := folder / task / f"{name}{ending}").exists()] for name in dataset.ids]
+    if missing := [name for name, paths in zip(dataset.ids, found, strict=True) if not paths]:
+        endings = " or ".join(PREDICTION_FILES[task][0])
+        raise FileNotFoundError(f"{folder / task / missing[0]}{endings} is missing, {len(missing)} of "
+                                f"{len(found)} in all; predict every image of the split")
+    if double := [paths for paths in found if len(paths) > 1]:
+        raise ValueError(f"{double[0][0]} and {double[0][1].name} predict the same; delete one of them")
+    return [path for path, in found]
+
+
+def read_map(task: str, path: Path, size: tuple[int, int], channels: int) -> np.ndarray:
+    """Read a prediction for labels of size (H, W): a final map, edge as uint8. Raises ValueError."""
+    array = data.decode_file(path, lambda path: data.load_array(path, "depth"))
+    shape = (*size, 3) if task == "normals" else size
+    fits = array.dtype == np.uint8 if path.suffix == ".png" else array.dtype.kind == "f"
+    if array.shape != shape or not fits:
+        raise ValueError(f"{path} holds {array.dtype} {array.shape}, its labels need {shape}; write "
+                         f"{PREDICTION_FILES[task][1]}, at the image's own size")
+    if task in ("semseg", "human_parts"):
+        data.check_range(path, array, channels - 1)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{path} has values that are not finite; predict a number for every pixel")
+    if path.suffix == ".png" and task == "normals":
+        return data.decode_normals(array)
+    return array / np.float32(255) if task == "sal" else array
+
+
+def evaluate_files(folder: Path, dataset, tasks: Sequence[str]) -> dict[str, dict]:
+    """Score the files of a folder as `evaluate` scores a model."""
+    paths = {task: find_maps(folder, dataset, task) for task in tasks}
+    metrics = {task: new_metric(task, dataset) for task in tasks}
+    for i in data.track(range(len(dataset)), f"score {' '.join(tasks)}", len(dataset)):
+        sample = dataset.read(i)
+        size = sample["image"].shape[:2]
+        truth = data.to_tensors(sample, size) | {"edge": sample.get("labelmap")}
+        for task, metric in metrics.items():
+            metric.update(read_map(task, paths[task][i], size, dataset.tasks[task]), truth[task])
     return {task: metric.compute() for task, metric in metrics.items()}
 
 
@@ -715,7 +794,8 @@ def draw_predictions(model, dataset, device, tasks: Sequence[str], scenes: int =
     maps = predict_maps(model, images, tasks)
     lefts = [2 * gap + side + k * (2 * side + 2 + gap) for k in range(len(tasks))]
     bottom, width = top + len(indices) * (side + 4), lefts[-1] + 2 * side + 2 + gap
-    legends = [draw_legend(t, dataset.classes[t], width) for t in tasks if t in dataset.classes]
+    legends = [draw_legend(t, dict(enumerate(dataset.classes[t])), width)
+               for t in tasks if t in dataset.classes]
     canvas = Image.new("RGB", (width, bottom + sum(x.height for x in legends) + gap), "white")
     pen = ImageDraw.Draw(canvas)
     write(pen, gap + side / 2, top - 15, "image")
@@ -737,17 +817,17 @@ def draw_predictions(model, dataset, device, tasks: Sequence[str], scenes: int =
     return canvas
 
 
-def draw_legend(task: str, names: Sequence[str], width: int) -> Image.Image:
-    """Draw a swatch and a name per class, wrapped to `width` pixels."""
+def draw_legend(task: str, names: dict[int, str], width: int) -> Image.Image:
+    """Draw a swatch and a name per class id, wrapped to `width` pixels."""
     canvas = Image.new("RGB", (width, 30 + 22 * len(names)), "white")
     pen, x, y = ImageDraw.Draw(canvas), 120, 18
     write(pen, 14, y, task, anchor="lm")
-    for k, name in enumerate(names):
+    for k, name in names.items():
         step = 40 + ImageFont.load_default(size=14).getlength(name)
         if x + step > width:
             x, y = 120, y + 22
         colour = data.colourise(task, np.full((1, 1), k, np.uint8))[0, 0]
-        pen.rectangle((x, y - 7, x + 14, y + 7), tuple(colour.tolist()))
+        pen.rectangle((x, y - 7, x + 14, y + 7), tuple(colour.tolist()), FAINT)
         write(pen, x + 20, y, name, anchor="lm")
         x += step
     return canvas.crop((0, 0, width, y + 10))
@@ -794,6 +874,88 @@ def draw_shares(table: dict[str, list[float]], largest: float) -> Image.Image:
     return canvas
 
 
+# -------------------------------------------------------------------------------------- anyone's photos
+
+SHOWN = 320  # longer side of a photo in its panel, pixels
+CLASS_NAMES = {  # a checkpoint says how many classes it has; these are the names of as many
+    "semseg": {len(names): names for names in (data.CLASSES, data.PASCAL_CLASSES, data.NYUD_CLASSES)},
+    "human_parts": {len(data.PARTS): data.PARTS},
+}
+
+
+@torch.inference_mode()
+def solve_photo(model, photo: np.ndarray, tasks: Sequence[str], side: int, shown: tuple[int, int]):
+    """Predict the final maps of a photo (H, W, 3) uint8 at the size `shown` (h, w).
+
+    The student sees what scoring would show it: the photo at its own size or shrunk to the shorter
+    side `side`, never enlarged, padded to whole patches and at least to the student's own size.
+    Returns {task: (h, w [, 3])} and the size seen, (h, w).
+    """
+    scale, cfg = min(1, side / min(photo.shape[:2])), model.cfg
+    seen = [max(1, round(scale * n)) for n in photo.shape[:2]]
+    small = np.array(Image.fromarray(photo).resize(seen[::-1], Image.Resampling.LANCZOS))
+    padded = tuple(cfg.patch * max(math.ceil(n / cfg.patch), g) for n, g in zip(seen, cfg.grid, strict=True))
+    image = data.to_tensors({"image": small}, padded)["image"][None]  # (1, 3, H, W)
+    maps = {}
+    for task, raw in model.predict(image.to(model.mean.device), list(tasks)).items():
+        raw = unpad(rearrange(raw.float(), "1 c h w -> h w c"), seen)
+        raw = rearrange(raw, "h w c -> 1 c h w")
+        raw = F.interpolate(raw, shown, mode="bilinear", align_corners=False, antialias=True)
+        maps[task] = final_map(task, raw)[0]
+    return maps, seen
+
+
+def draw_photo(photo: np.ndarray, maps: dict[str, np.ndarray], seen: Sequence[int],
+               channels: dict[str, int]) -> Image.Image:
+    """Draw a photo and every task's map of one size, (h, w, 3) and (h, w [, 3]), with what colours mean."""
+    (h, w), gap, top = photo.shape[:2], 14, 52
+    notes = {"photo": f"seen at {seen[1]} x {seen[0]} pixels"}
+    notes |= dict.fromkeys(("edge", "sal"), "probability: white is 1")
+    wide, cells = max(w, 190), 1 + len(maps)
+    columns = max(2, math.ceil(cells / 2)) if w >= h else cells
+    width, rows = gap + columns * (wide + gap), math.ceil(cells / columns)
+    keys = [draw_key(task, array, channels[task], width) for task, array in maps.items()
+            if task not in ("edge", "sal")]
+    bottom = rows * (top + h) + gap
+    canvas = Image.new("RGB", (width, bottom + sum(key.height for key in keys) + gap), "white")
+    pen = ImageDraw.Draw(canvas)
+    for k, (title, array) in enumerate({"photo": photo, **maps}.items()):
+        x, y = gap + k % columns * (wide + gap), k // columns * (top + h) + top
+        drawn = array if title == "photo" else data.colourise(title, array)
+        write(pen, x + wide / 2, y - 35, title, size=17)
+        write(pen, x + wide / 2, y - 14, notes.get(title, ""), ink=FAINT)
+        canvas.paste(Image.fromarray(drawn), (x + (wide - w) // 2, y))
+    for key in keys:
+        canvas.paste(key, (0, bottom))
+        bottom += key.height
+    return canvas
+
+
+def draw_key(task: str, array: np.ndarray, channels: int, width: int) -> Image.Image:
+    """Draw what a map's colours mean: its classes by area, its metres, or directions as a ball."""
+    if task in CLASS_NAMES:
+        names = CLASS_NAMES[task].get(channels, range(channels))
+        ids, areas = np.unique(array, return_counts=True)
+        order = ids[np.argsort(-areas, kind="stable")].tolist()
+        return draw_legend(task, {k: str(names[k]) for k in order}, width)
+    canvas = Image.new("RGB", (width, 64 if task == "normals" else 36), "white")
+    pen, middle = ImageDraw.Draw(canvas), canvas.height // 2
+    write(pen, 14, middle, task, anchor="lm")
+    if task == "depth":
+        near, far = data.known_range(array)
+        ramp = data.colourise(task, np.tile(np.linspace(near, far, 140), (15, 1)), (near, far))
+        write(pen, 120, middle, f"{near:.2f} m", anchor="lm")
+        canvas.paste(Image.fromarray(ramp), (180, middle - 7))
+        write(pen, 330, middle, f"{far:.2f} m", anchor="lm")
+        return canvas
+    x, y = np.meshgrid(np.linspace(-1, 1, 56), np.linspace(1, -1, 56))
+    drawn = data.colourise(task, np.stack([x, y, np.sqrt(np.maximum(1 - x**2 - y**2, 0))], -1))
+    drawn[x**2 + y**2 > 1] = 255
+    canvas.paste(Image.fromarray(drawn), (120, middle - 28))
+    write(pen, 190, middle, "the colours of a ball", ink=FAINT, anchor="lm")
+    return canvas
+
+
 # ------------------------------------------------------------------------------------------------ main
 
 
@@ -809,6 +971,10 @@ class Args:
     device: str | None = None  # default: cuda if there is one, else cpu
     out_dir: Path | None = None  # results.json and pictures (default: the checkpoint's folder)
     reference: Path | None = None  # JSON {task: value} or a results.json; prints Delta_m against it
+    image: tuple[Path, ...] = ()  # photos, or folders of them: draw every task, score nothing
+    photo_side: int | None = None  # shrink photos to this shorter side, pixels (default: the student's)
+    save_predictions: Path | None = None  # folder for a file per image and task, while scoring
+    predictions: Path | None = None  # score the files of this folder, without a checkpoint
     debug: bool = False  # full traceback on errors
 
 
@@ -840,21 +1006,23 @@ def read_reference(path: Path | None, tasks: Sequence[str]) -> dict[str, float]:
     return reference
 
 
-def write_files(folder: Path, files: dict[str, Image.Image | str]) -> None:
-    """Write all pictures and texts or none: temporary ones first, then renames."""
+def write_files(folder: Path, files: dict[str, Image.Image | np.ndarray | str]) -> None:
+    """Write all pictures, arrays and texts or none: temporary ones first, then renames."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".eval-", dir=folder) as temporary:
             for name, content in files.items():
                 if isinstance(content, str):
                     Path(temporary, name).write_text(content)
+                elif isinstance(content, np.ndarray):
+                    np.save(Path(temporary, name), content)
                 else:
                     content.save(Path(temporary, name))
             for name in files:
                 os.replace(Path(temporary, name), folder / name)
     except OSError as error:
         raise OSError(f"cannot write to {folder}: {prism.one_line(error)}; free space or choose "
-                      "another --out-dir") from error
+                      "another folder") from error
 
 
 def print_tables(metrics: dict[str, dict], blocks: list[dict]) -> None:
@@ -868,6 +1036,8 @@ def print_tables(metrics: dict[str, dict], blocks: list[dict]) -> None:
                 table.add_row(task, key, value, *COLUMNS[key],
                               style="bold" if key == data.TASKS[task].metric else None)
         console.print(table)
+    if not blocks:
+        return
     table = Table("MoE block", "lambda", "NMI teachers", "NMI tasks")
     for block in blocks:
         numbers = (f"{block[key]:.3f}" for key in ("lambda", "nmi_teachers", "nmi_tasks"))
@@ -875,9 +1045,94 @@ def print_tables(metrics: dict[str, dict], blocks: list[dict]) -> None:
     console.print(table)
 
 
+def summary(args: Args, dataset, metrics: dict[str, dict], reference: dict[str, float]) -> dict:
+    """Put the numbers together for results.json; prints Delta_m if there is a reference."""
+    results = {
+        "split": args.split, "images": len(dataset), "classes": dataset.classes,
+        "headline": {task: headline(task, metrics[task]) for task in metrics},
+        "protocol": {task: COLUMNS[data.TASKS[task].metric][2] for task in metrics},
+        "metrics": metrics,
+    }
+    if reference:
+        results |= {"reference": reference, "delta_m": delta_m(metrics, reference)}
+        print(f"Delta_m {results['delta_m']:+.2f} % over {args.reference} ({', '.join(reference)})")
+    return results
+
+
+def as_json(results: dict) -> str:
+    text = json.dumps(results, default=np.ndarray.tolist)
+    return json.dumps(json.loads(text, parse_constant=lambda name: None), indent=1)  # JSON knows no nan
+
+
+def score_files(args: Args) -> None:
+    """Score the task folders of --predictions that the data have labels for; no checkpoint."""
+    if args.data is None:
+        raise ValueError("predictions have no labels of their own; name the data with --data")
+    dataset = data.open_data(args.data, args.split)
+    there = {task: n for task, n in dataset.tasks.items() if (args.predictions / task).is_dir()}
+    tasks = [task for task in there if not args.tasks or task in args.tasks]
+    if not tasks or set(args.tasks) - set(there):
+        raise ValueError(f"{args.predictions} has folders for {', '.join(there) or 'no task'}; the data "
+                         f"can score {', '.join(dataset.tasks)}: one folder each, of that name")
+    reference = read_reference(args.reference, tasks)
+    out_dir = args.out_dir or args.predictions
+    write_files(out_dir, {})
+    print(f"{args.predictions}: {', '.join(tasks)}; {args.data}, {args.split}, {len(dataset)} images")
+    metrics = evaluate_files(args.predictions, dataset, tasks)
+    print_tables(metrics, [])
+    results = {"predictions": args.predictions.name} | summary(args, dataset, metrics, reference)
+    write_files(out_dir, {"results.json": as_json(results)})
+    print(f"wrote {out_dir / 'results.json'}")
+
+
+def list_photos(given: Sequence[Path]) -> dict[str, Path]:
+    """Name the panel of each photo, of folders each image below them: {file name: path}."""
+    photos = {}
+    for path in given:
+        below = [os.fsdecode(name) for name in data.list_images(path)] if path.is_dir() else [""]
+        below = [name for name in below if not name.endswith("_tasks.png")]  # panels of an earlier run
+        if not below:
+            raise ValueError(f"{path} holds no images; known endings are {' '.join(data.SUFFIXES)}")
+        for photo in (path / name for name in below):
+            names = (photo.stem + (f"-{k}" if k > 1 else "") for k in itertools.count(1))
+            name = next(x for name in names if (x := f"{name}_tasks.png") not in photos)
+            photos[name] = photo
+    return photos
+
+
+def draw_photos(args: Args, device) -> None:
+    """Write a panel per photo of --image; those that cannot be read are named, the others drawn."""
+    photos, failed, out_dir = list_photos(args.image), [], args.out_dir or args.ckpt.parent
+    model = prism.load(args.ckpt, device)
+    tasks = choose_tasks(args.tasks, model.cfg.tasks, model.cfg)
+    side = min(model.cfg.grid) * model.cfg.patch if args.photo_side is None else args.photo_side
+    if not tasks or side < 1:
+        raise ValueError(f"cannot draw {len(tasks)} tasks of photos {side} pixels wide; take a student "
+                         "with task heads (train.py --stage recompose), --photo-side 1 or more")
+    for name, path in data.track(photos.items(), "photos", len(photos)):
+        try:
+            photo = data.read_photo(path, max(SHOWN, 4 * side))
+        except (ValueError, OSError) as error:
+            failed.append(data.printable(str(error)))
+            continue
+        shown = tuple(max(1, round(SHOWN / max(photo.shape[:2]) * n)) for n in photo.shape[:2])
+        maps, seen = solve_photo(model, photo, tasks, side, shown)
+        fitted = np.array(Image.fromarray(photo).resize(shown[::-1], Image.Resampling.LANCZOS))
+        write_files(out_dir, {name: draw_photo(fitted, maps, seen, model.cfg.tasks)})
+        print(data.printable(f"{out_dir / name}: {path}, seen at {seen[1]} x {seen[0]} pixels"), flush=True)
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(photos)} photos cannot be read: {'; '.join(failed)}")
+
+
 def main(args: Args) -> None:
     """Check everything cheap, score, print, then write all files at once."""
+    if bool(args.image) + (args.predictions is not None) + (args.save_predictions is not None) > 1:
+        raise ValueError("--image, --predictions and --save-predictions do different things; give one")
+    if args.predictions is not None:
+        return score_files(args)
     device = prism.choose_device(args.device)
+    if args.image:
+        return draw_photos(args, device)
     if args.batch_size < 1:
         raise ValueError(f"batch size {args.batch_size} is not positive; use 1 or more")
     stored = prism.read_checkpoint(args.ckpt)
@@ -888,37 +1143,34 @@ def main(args: Args) -> None:
     tasks = choose_tasks(args.tasks, stored["config"]["tasks"], dataset)
     reference = read_reference(args.reference, tasks)
     out_dir = args.out_dir or args.ckpt.parent
-    write_files(out_dir, {})  # a folder that cannot be written fails here
+    for folder in (out_dir, args.save_predictions or out_dir):
+        write_files(folder, {})  # a folder that cannot be written fails here
     model = prism.load(args.ckpt, device)
     print(f"{args.ckpt}: step {stored.get('step')}; {source}, {args.split}, {len(dataset)} images; "
           f"{device}")
     if not tasks:
         print(f"{args.ckpt} has no task heads (stage 1): routing only; next: train.py --stage recompose")
 
-    metrics = evaluate(model, dataset, device, args.batch_size, tasks) if tasks else {}
+    metrics = {}
+    if tasks:
+        metrics = evaluate(model, dataset, device, args.batch_size, tasks, args.save_predictions)
     blocks = routing(model, dataset, device, args.batch_size)
     print_tables(metrics, blocks)
-    results = {
-        "checkpoint": args.ckpt.name, "step": stored.get("step"), "seed": stored.get("seed"),
-        "split": args.split, "images": len(dataset), "classes": dataset.classes,
-        "headline": {task: headline(task, metrics[task]) for task in tasks},
-        "protocol": {task: COLUMNS[data.TASKS[task].metric][2] for task in tasks},
-        "metrics": metrics, "routing": blocks,
-    }
+    origin = {"checkpoint": args.ckpt.name, "step": stored.get("step"), "seed": stored.get("seed")}
+    results = origin | summary(args, dataset, metrics, reference) | {"routing": blocks}
     size = {384: "ViT-S", 768: "ViT-B", 1024: "ViT-L"}.get(model.cfg.dim, f"width {model.cfg.dim}")
     print_published(source.partition(":")[0], "sak", results["headline"], size)
-    if reference:
-        results |= {"reference": reference, "delta_m": delta_m(metrics, reference)}
-        print(f"Delta_m {results['delta_m']:+.2f} % over {args.reference} ({', '.join(reference)})")
-
     suffix = "" if tasks else "_stage1"  # not over the files of the student with heads
-    text = json.dumps(results, default=np.ndarray.tolist)
-    results = json.loads(text, parse_constant=lambda name: None)  # JSON knows no nan
-    files = {f"results{suffix}.json": json.dumps(results, indent=1),
+    files = {f"results{suffix}.json": as_json(results),
              f"routing{suffix}.png": draw_routing(blocks)}
     if tasks:
         files["predictions.png"] = draw_predictions(model, dataset, device, tasks)
     write_files(out_dir, files)
+    if args.save_predictions is not None:
+        facts = {"data": source, "split": args.split, "images": len(dataset), "size": "of each image",
+                 "classes": dataset.classes, "files": {task: PREDICTION_FILES[task][1] for task in tasks}}
+        write_files(args.save_predictions, {"meta.json": as_json(origin | facts)})
+        print(f"wrote {args.save_predictions}/<task>/<id> of {len(dataset)} images: {', '.join(tasks)}")
     print(f"wrote {', '.join(str(out_dir / name) for name in files)}")
 
 

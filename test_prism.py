@@ -3383,13 +3383,13 @@ PLAINEST = prism.PrismConfig(
 class Scenes:
     """Five labelled scenes of 29 x 30 pixels, padded to 32 x 32; the image's value is its number."""
 
-    tasks, max_dist = PLAINEST.tasks, 0.02
+    tasks, max_dist, ids = PLAINEST.tasks, 0.02, list("01234")
     classes = {"semseg": ["wall", "floor", "ball"], "human_parts": [f"part {k}" for k in range(7)]}
 
     def __len__(self):
         return 5
 
-    def read(self, i):
+    def read(self, i, labels=True):
         y, x = np.mgrid[:29, :30]
         ball = np.hypot(y - 12 - i, x - 14) < 6
         labelmap = np.where(ball, 32, 1 + (y > 20)).astype(np.int32)
@@ -3570,6 +3570,190 @@ def test_other_classes_than_in_training_are_named(folder):
     assert scoring.choose_tasks((), {"semseg": 21, "depth": 1}, dataset) == ["semseg"]
     with pytest.raises(ValueError, match="semseg has 12 channels, the data 21"):
         scoring.choose_tasks((), {"semseg": 12}, dataset)
+
+
+# ------------------------------------------------------------------ photos of anyone, files of predictions
+
+
+class Copycat(torch.nn.Module):
+    """Predicts depth = 1 + red and, by class 2, where green is bright; notes the sizes it was shown."""
+
+    cfg = replace(PLAINEST, tasks={"semseg": 3, "depth": 1})
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3, 1, 1))
+        self.seen = []
+
+    def predict(self, images, tasks):
+        self.seen.append(tuple(images.shape[-2:]))
+        red, green, _ = images[:, :, None].unbind(1)
+        zero = torch.zeros_like(red)
+        return {"semseg": torch.cat([zero, zero - 1, green - 0.5], 1), "depth": 1 + red}
+
+
+@pytest.mark.parametrize("size", [(150, 37), (64, 200), (480, 640), (29, 30), (7, 5), (1, 90), (1, 1)])
+def test_predictions_lie_on_the_photo(size):
+    """Would catch: padding cut on the wrong side or not at all, a photo squeezed into a square, sides
+    that are no whole patches, x and y swapped, a map half a patch off, small photos enlarged."""
+    y, x = np.mgrid[: size[0], : size[1]] + 0.5
+    waves = np.stack([np.sin(2 + 9 * x / size[1]) + np.cos(7 * y / size[0]),
+                      np.cos(5 * x / size[1]) + np.sin(8 * y / size[0]), 0 * x], -1)
+    image = (127.5 + 60 * waves).astype(np.uint8)
+    shown, model = tuple(max(1, round(320 / max(size) * n)) for n in size), Copycat()
+    maps, seen = scoring.solve_photo(model, image, list(model.cfg.tasks), 32, shown)
+    assert min(seen) == min(32, *size) and abs(seen[0] * size[1] - seen[1] * size[0]) <= max(size)
+    assert model.seen == [tuple(8 * max(4, math.ceil(n / 8)) for n in seen)]
+    assert maps["depth"].shape == maps["semseg"].shape == shown
+    truth = np.asarray(Image.fromarray(image).resize(shown[::-1], Image.Resampling.BILINEAR)) / 255
+    assert abs(maps["depth"] - 1 - truth[..., 0]).mean() < 0.004  # one pixel off: 0.006 or more
+    assert ((maps["semseg"] == 2) == (truth[..., 1] > 0.5)).mean() > 0.97
+
+
+def test_photo_gets_what_scoring_shows(folder):
+    """Would catch: another padding, fill, scale or final map than the metrics see, so that pictures
+    and numbers are not of the same student."""
+    model, tasks, truth = prism.load(folder / "prism.pt"), list(PLAINEST.tasks), Scenes().read(3)
+    maps, seen = scoring.solve_photo(model, truth["image"], tasks, 32, (29, 30))
+    assert seen == [29, 30]
+    expected = scoring.predict_maps(model, Scenes()[3]["image"][None], tasks)
+    for task in tasks:
+        np.testing.assert_allclose(maps[task], scoring.unpad(expected[task][0], (29, 30)), atol=1e-5)
+
+
+def test_panels_of_a_folder(folder, capsys, monkeypatch):
+    """Would catch: EXIF ignored, 16-bit gray shown white, panels that overwrite each other or are taken
+    for photos the next time, one broken photo that ends the run or goes unnoticed, clipped keys."""
+    root, turned = folder / "photos", Image.Exif()
+    (root / "below").mkdir(parents=True)
+    turned[0x0112] = 6
+    deep = Image.fromarray(np.linspace(0, 65535, 40 * 64).reshape(40, 64).astype(np.uint16))
+    kinds = {"a.png": photo(1, (150, 37)), "a.jpg": photo(2, (64, 200)).convert("CMYK"),
+             "below/a.png": deep, "rgba.png": photo(3).convert("RGBA"), "dot.png": photo(4, (1, 1))}
+    for name, picture in kinds.items():
+        picture.save(root / name)
+    photo(5, (60, 30)).save(root / "side.jpg", exif=turned)
+    (root / "broken.jpg").write_bytes(b"nonsense")
+    for _ in range(2):
+        code, out, err = run(capsys, monkeypatch, folder, image=(root, folder / "none.jpg"), out_dir=root)
+        assert code == 1 and err.count("\n") == 1 and "ValueError: 2 of 8 photos cannot be read" in err
+        assert "broken.jpg cannot be decoded" in err and "none.jpg does not exist" in err
+        assert "side.jpg, seen at 30 x 60 pixels" in out and "a.png, seen at 130 x 32 pixels" in out
+        assert "photos: 8/8" in out
+    panels = {path.name for path in root.glob("*_tasks.png")}
+    assert panels == {f"{stem}_tasks.png" for stem in ("a", "a-2", "a-3", "rgba", "dot", "side")}
+    widths = {name: Image.open(root / f"{name}_tasks.png").size[0] for name in ("a", "a-2", "a-3", "side")}
+    assert widths == {"a": 1442, "a-2": 1350, "a-3": 1350, "side": 1442}  # 8 cells upright, 4 lying
+    drawn = np.asarray(Image.open(root / "a-3_tasks.png"))[52:252, 14:334, 0].astype(int)
+    assert drawn[0].mean() < 5 < 120 < drawn[100].mean() < 135 and drawn[-1].mean() > 250
+    for path in root.glob("*_tasks.png"):
+        margin = np.asarray(Image.open(path))
+        assert (margin[:, -8:] == 255).all() and (margin[-8:] == 255).all(), path
+
+
+def test_keys_name_what_occurs():
+    """Would catch: a legend of all 40 classes, of none, or with the names of another data set."""
+    named = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoring, "draw_legend", lambda task, names, width: named.append(names))
+        for channels in (40, 21, 12, 13):
+            scoring.draw_key("semseg", np.array([[7, 7, 2]]), channels, 500)
+    assert named == [{7: "door", 2: "cabinet"}, {7: "car", 2: "bicycle"}, {7: "table", 2: "person"},
+                     {7: "7", 2: "2"}]
+
+
+def headlines(folder):
+    return json.loads((folder / "results.json").read_text())["metrics"]
+
+
+def test_files_of_predictions_score_as_the_model_does(folder, capsys, monkeypatch):
+    """Would catch: padding in the files, files of another image, a metric of its own for files, class
+    ids scaled, normals in another axis order, all images one batch's."""
+    found = folder / "found"
+    code, _, err = run(capsys, monkeypatch, folder, save_predictions=found, batch_size=2)
+    assert code == 0 and err == "" and json.loads((found / "meta.json").read_text())["images"] == 5
+    assert sorted(path.name for path in (found / "depth").iterdir()) == [f"{i}.npy" for i in range(5)]
+    direct = headlines(folder)
+    monkeypatch.setattr(prism, "load", pytest.fail)
+    code, out, err = run(capsys, monkeypatch, folder, predictions=found, data="any", ckpt=Path("none"))
+    assert code == 0 and err == "" and "MoE" not in out
+    files = headlines(found)
+    assert files["semseg"] == direct["semseg"] and files["human_parts"] == direct["human_parts"]
+    for task, slack in {"depth": 1e-9, "normals": 1e-5, "sal": 0.5, "edge": 0.5}.items():
+        for key in set(direct[task]) - {"counts", "threshold"}:  # 8 bits move p across a threshold
+            assert files[task][key] == pytest.approx(direct[task][key], abs=slack), (task, key)
+    for path in (found / "normals").iterdir():  # a peer's 8 bits
+        coded = np.round(127.5 * (np.load(path) + 1)).astype(np.uint8)
+        Image.fromarray(coded).save(path.with_suffix(".png"))
+        path.unlink()
+    for path in (found / "depth").iterdir():
+        savemat(path.with_suffix(".mat"), {"depth": np.load(path)})
+        path.unlink()
+    code, *_ = run(capsys, monkeypatch, folder, predictions=found, data="any", tasks=("normals", "depth"))
+    files = headlines(found)
+    assert code == 0 and files["depth"]["rmse"] == pytest.approx(direct["depth"]["rmse"], abs=1e-9)
+    assert 0 < abs(files["normals"]["mean"] - direct["normals"]["mean"]) < 0.1
+
+
+def test_files_of_the_truth_score_perfect(tmp_path):
+    """Would catch: files scored against the training label `edge`, classes of another image, probability
+    not cut to floor(255 p), a task without people counted as wrong."""
+    tasks = list(PLAINEST.tasks)
+    scoring.evaluate(Oracle(), Scenes(), "cpu", 2, tasks, tmp_path)
+    got = scoring.evaluate_files(tmp_path, Scenes(), tasks)
+    assert got["semseg"]["miou"] == got["edge"]["odsf"] == 100 and got["depth"]["rmse"] == 0
+    assert got["human_parts"]["per_class"] == [100, 100, 100, 0, 0, 0, 0]
+    assert got["sal"]["maxf"] == pytest.approx(100, abs=1e-5) and got["normals"]["mean"] < 1e-4
+    p = 1 / (1 + math.exp(-4.5))
+    coded = np.asarray(Image.open(tmp_path / "edge/1.png"))
+    assert set(np.unique(coded)) == {math.floor(255 * p), math.floor(255 * (1 - p))}
+
+
+def test_files_of_predictions_are_checked(folder, capsys, monkeypatch):
+    """Would catch: a part of the split scored as the whole, predictions at another size resized or
+    broadcast in silence, 255 or 16 bits taken for class ids, two files for one image."""
+    found = folder / "found"
+    run(capsys, monkeypatch, folder, save_predictions=found)
+
+    def save(name, array):
+        return lambda: (np.save(found / name, array) if name.endswith("npy") else
+                        Image.fromarray(array).save(found / name))
+
+    byte, nan = np.zeros((29, 30), np.uint8), np.full((29, 30), np.nan, np.float32)
+    cases = [
+        ((found / "edge/3.png").unlink, r"edge/3.png is missing, 1 of 5 in all; predict every image"),
+        (save("edge/3.png", np.zeros((32, 32), np.uint8)), r"holds uint8 \(32, 32\), .* \(29, 30\)"),
+        (save("edge/3.png", byte), None),
+        (save("semseg/0.png", byte + 3), r"semseg/0.png holds 3 .. 3, not 0 .. 2"),
+        (save("semseg/0.png", byte.astype(np.uint16)), "write 8-bit class ids"),
+        (save("semseg/0.png", byte), None),
+        (save("depth/1.npy", nan), "depth/1.npy has values that are not finite"),
+        (save("depth/1.npy", byte), "depth/1.npy holds uint8"),
+        (save("depth/1.npy", np.ones_like(nan)), None),
+        (save("normals/2.png", np.stack([byte] * 3, -1)), "2.npy and 2.png predict the same"),
+        (lambda: (found / "normals/2.npy").write_bytes(b"no"), "2.npy and 2.png"),
+        ((found / "normals/2.png").unlink, "normals/2.npy cannot be decoded"),
+    ]
+    for change, message in cases:
+        change()
+        code, _, err = run(capsys, monkeypatch, folder, predictions=found, data="any")
+        assert (code, err.count("\n")) == ((1, 1) if message else (0, 0)), err
+        assert re.search(message or "", err), err
+    for changes, message in (
+            ({"predictions": found}, "name the data with --data"),
+            ({"predictions": folder, "data": "any"}, "has folders for no task; the data can score semseg"),
+            ({"predictions": found, "data": "any", "tasks": ("colour",)}, "has folders for semseg, "),
+            ({"predictions": found, "image": (found,)}, "give one"),
+            ({"image": (found / "depth",)}, "holds no images"),
+            ({"image": (found,), "ckpt": folder / "deconstruct.pt"}, "cannot draw 0 tasks"),
+            ({"image": (found,), "photo_side": 0}, "--photo-side 1 or more"),
+            ({"save_predictions": folder / "prism.pt"}, "cannot write to .*; free space or choose another"),
+            ({"save_predictions": folder / "full"}, "cannot write to .*full/normals: .*No space left")):
+        with monkeypatch.context() as patch:
+            patch.setattr(np, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+            code, _, err = run(capsys, monkeypatch, folder, **changes)
+        assert code == 1 and err.count("\n") == 1 and re.search(message, err), (message, err)
+    assert [path.name for path in (folder / "full").rglob("*") if path.name.startswith(".")] == []
 
 
 # -------------------------------------------------------------------------------- beside transformers
