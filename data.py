@@ -1147,6 +1147,7 @@ class LabelFolder(Samples):
     default_size = (512, 512)  # that networks see, pixels
     classes: dict[str, Sequence[str]]
     max_dist: float  # tolerance of boundary scores, share of the image diagonal
+    boundary_protocol = "sak"  # of boundary scores: a key of eval.py's THRESHOLDS
 
     def __init__(self, root: str | Path, split: str, size: int | tuple[int, int] | None = None,
                  train: bool | None = None, seed: int = 0, **options):
@@ -1334,6 +1335,7 @@ class Rendered:
     """
 
     max_dist = 0.016  # the 8 neighbours at 64 px
+    boundary_protocol = "simple"  # the others suppress and fade over 4 px, made for 500
     origin = "delete the folder and render it again"
 
     def __init__(self, root: str | Path, split: str, size: int | tuple[int, int] | None = None,

@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
-from scipy import ndimage
+from scipy import ndimage, optimize
 from scipy.io import loadmat, savemat
 
 import data
@@ -3002,7 +3002,7 @@ def plain_miou(predictions, targets, n):
     return [100 * tp[c] / max(tp[c] + fp[c] + fn[c], 1e-8) for c in range(n)]
 
 
-def plain_saliency(predictions, targets):
+def plain_saliency(predictions, targets, tiny=1e-8):
     """maxF from sums over the data set, mIoU from means over images."""
     f, miou = [], []
     for threshold in torch.arange(0.05, 1, 0.05):
@@ -3017,8 +3017,8 @@ def plain_saliency(predictions, targets):
             tp, predicted, salient = tp + both, predicted + int(over.sum()), salient + int(truth.sum())
             union = int((over | truth).sum())
             per_image.append(both / union if union else 1.0)
-        precision, recall = tp / (predicted + 1e-8), tp / (salient + 1e-8)
-        f.append(1.3 * precision * recall / (0.3 * precision + recall + 1e-8))
+        precision, recall = tp / (predicted + tiny), tp / (salient + tiny)
+        f.append(1.3 * precision * recall / (0.3 * precision + recall + tiny))
         miou.append(sum(per_image) / max(len(per_image), 1))
     return 100 * max(f), 100 * max(miou)
 
@@ -3101,7 +3101,8 @@ def sample(task, seed=0):
 
 def build(task):
     return {"semseg": lambda: scoring.MeanIoU(5), "sal": scoring.MaxF, "normals": scoring.NormalError,
-            "depth": scoring.DepthRMSE, "edge": lambda: scoring.BoundaryF(0.05)}[task]()
+            "depth": scoring.DepthRMSE, "edge": lambda: scoring.BoundaryF(0.05, "simple"),
+            "edge sak": lambda: scoring.BoundaryF(0.05)}[task]()
 
 
 def score(task, predictions, targets):
@@ -3164,6 +3165,24 @@ def test_saliency_equals_loops():
     p, t = sample("sal")
     got = score("sal", p, t)
     assert [got["maxf"], got["miou"]] == pytest.approx(plain_saliency(p, t), rel=1e-12)
+
+
+def test_second_sigmoid_of_invpt_leaves_four_thresholds():
+    """Would catch: logits or the logistic function's inverse, an F of "sak" under InvPT's name."""
+    p, t = sample("sal")
+    metric = scoring.MaxF("invpt")
+    metric.update(p, t)
+    got = metric.compute()
+    second = torch.from_numpy(p).sigmoid().numpy()
+    # theirs adds no 1e-8: the sums are so large that nobody sees it
+    assert [got["maxf"], got["miou"]] == pytest.approx(plain_saliency(second, t, 1e-12), rel=1e-6)
+    assert got["maxf"] != pytest.approx(score("sal", p, t)["maxf"], rel=1e-3)
+    for value, edge in ((0.2006, 0), (0.2008, 1), (0.4056, 2), (0.6191, 3), (0.8474, 4)):
+        metric = scoring.MaxF("invpt")
+        metric.update(np.array([[value]], np.float32), np.array([[1]]))
+        assert metric.sums["predicted"].sum() == 10 + edge  # .05 .. .5 take everything
+    with pytest.raises(ValueError, match="use sak or invpt"):
+        scoring.MaxF("simple")
 
 
 def test_saliency_by_hand():
@@ -3289,11 +3308,207 @@ def test_boundary_extremes():
     silent = score("edge", np.zeros((12, 12), np.float32), labels)
     assert (silent["odsf"], silent["precision"], silent["recall"]) == (0, 100, 0)
     assert score("edge", np.zeros((12, 12)), 0 * labels)["odsf"] == 0
-    with pytest.raises(ValueError, match="use sak or simple"):
+    with pytest.raises(ValueError, match="use sak, invpt, simple"):
         scoring.BoundaryF(0.01, protocol="seism")
 
 
-@pytest.mark.parametrize("task", ["semseg", "sal", "normals", "edge", "depth"])
+def plain_triangle(x, radius, middle):
+    """Weigh by distance, pixel by pixel, mirrored at the borders, in float64."""
+    weight = [*range(1, radius + 1), middle, *range(radius, 0, -1)]
+    for _ in range(2):  # one axis, then the other
+        length, x = len(x), x.astype(np.float64)
+        place = [min(i % (2 * length), -1 - i % (2 * length) + 2 * length)
+                 for i in range(-radius, length + radius)]
+        x = np.stack([sum(w * x[place[i + k]] for k, w in enumerate(weight)) / sum(weight)
+                      for i in range(length)]).T
+    return x
+
+
+def plain_orientation(x):
+    """Follow the definition of the direction, one pixel at a time, in float64."""
+    x = plain_triangle(x, 4, 5)
+
+    def slope(z, axis):
+        z = z if axis else z.T
+        out = np.array([[(row[min(i + 1, len(row) - 1)] - row[max(i - 1, 0)])
+                         / (min(i + 1, len(row) - 1) - max(i - 1, 0)) for i in range(len(row))] for row in z])
+        return out if axis else out.T
+
+    dx, dy = slope(x, 1), slope(x, 0)
+    dxx, dxy, dyy = slope(dx, 1), slope(dx, 0), slope(dy, 0)
+    angle = [math.atan(c * np.sign(-b) / (a + 1e-5)) % math.pi
+             for a, b, c in zip(dxx.ravel(), dxy.ravel(), dyy.ravel(), strict=True)]
+    return np.reshape(angle, x.shape), np.abs(dxx + 1e-5), np.abs(dxy)
+
+
+def plain_suppression(e, angle, radius):
+    """Compare every pixel with every sample along its angle, then fade the border."""
+    (h, w), out = e.shape, e.astype(np.float64)
+    for y in range(h):
+        for x in range(w):
+            for d in [*range(-radius, 0), *range(1, radius + 1)]:
+                u = min(max(x + d * math.cos(angle[y, x]), 0), w - 1.001)
+                v = min(max(y + d * math.sin(angle[y, x]), 0), h - 1.001)
+                i, j, a, b = int(u), int(v), u % 1, v % 1
+                sample = ((1 - b) * ((1 - a) * e[j, i] + a * e[j, i + 1])
+                          + b * ((1 - a) * e[j + 1, i] + a * e[j + 1, i + 1]))
+                if 1.01 * e[y, x] < sample:
+                    out[y, x] = 0
+    rim = min(5, h // 2, w // 2)
+    fade = [[min(k, n - 1 - k, rim) / rim for k in range(n)] for n in (h, w)]
+    return out * np.outer(*fade)
+
+
+@pytest.mark.parametrize("size", [(17, 23), (30, 12), (5, 9), (3, 4)])
+def test_boundary_filters_equal_loops(size):
+    """Would catch: rows mixed with columns, a border mirrored elsewhere, comparison with what was already
+    suppressed, one side of the line forgotten, a fade that stops at 4/5 or runs along one axis."""
+    rng = np.random.default_rng(size[0])
+    for _ in range(3):
+        e = rng.random(size, np.float32)
+        np.testing.assert_allclose(scoring.smooth(e), plain_triangle(e, 1, 2), atol=1e-6)
+        np.testing.assert_allclose(scoring.smooth_widely(e), plain_triangle(e, 4, 5), atol=1e-6)
+        expected, steep, turned = plain_orientation(e)
+        angle = scoring.orientation(e)
+        off = np.abs(angle - expected)
+        clear = (steep > 1e-4) & (turned > 1e-6)  # else the last bit decides
+        assert clear.mean() > 0.7 and np.minimum(off, np.pi - off)[clear].max() < 0.02
+        for radius in (1, 4):
+            got = scoring.suppress(e, angle, radius)
+            assert got.dtype == np.float32
+            np.testing.assert_allclose(got, plain_suppression(e, angle, radius), atol=1e-6)
+
+
+def test_suppression_by_hand():
+    """Would catch: an angle along the line instead of across, a tolerance below 1 % or above, borders that
+    do not fade or fade by another step."""
+    e = np.zeros((21, 21), np.float32)
+    e[:, 9:12] = 0.985, 1, 0.995
+    across, along = np.zeros_like(e), np.full_like(e, np.pi / 2)
+    got = scoring.suppress(e, across, 1)
+    assert not got[:, 9].any() and (got[5:16, 11] == np.float32(0.995)).all()  # 0.995 * 1.01 > 1
+    assert scoring.suppress(e, along, 4)[10, 9:12] == pytest.approx([0.985, 1, 0.995])
+    assert got[:6, 10] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    ridge = scoring.orientation(e)[10, 10]  # of a line that runs down: across is along a row
+    assert min(ridge, np.pi - ridge) < 0.01
+
+
+def test_thresholds_of_each_protocol():
+    """Would catch: > for >= or the reverse, float64 against float32 at 0.2, rounding of the second PNG to
+    even or down, rounding of the first up."""
+    flat = np.full((25, 25), 51, np.uint8)  # 51 / 255 is a threshold, 0.2
+    centre = {name: scoring.boundary_levels(flat, name)[12, 12] for name in scoring.THRESHOLDS}
+    assert centre == {"sak": 20, "invpt": 20, "simple": 4}  # .01 .. .20; .001, .01 .. .19; .05 .. .20
+    assert [len(t) for t in scoring.THRESHOLDS.values()] == [99, 101, 19]
+    five = np.full((5, 5), 5, np.uint8)  # halved by the fade: 2.5 / 255, and only 3 / 255 reaches .01
+    assert scoring.boundary_levels(five, "sak")[1:4, 1:4].tolist() == [[0, 1, 0], [1, 1, 1], [0, 1, 0]]
+    assert scoring.boundary_levels(np.full((25, 25), 50.99 / 255), "sak")[12, 12] == 19
+    with pytest.raises(ValueError, match=r"boundary probabilities are 0\.\.2; pass 0\.\.1"):
+        scoring.boundary_levels(np.array([[0.0, 2.0]]), "sak")
+
+
+SEISM = {  # protocol: weighted sums of the levels, whole and of the first 40 rows; counts at 5 thresholds
+    "sak": ([18908906, 7515605],
+            [[1060, 1146, 1063], [975, 1146, 978], [742, 1146, 744], [0, 1146, 0], [0, 1146, 0]]),
+    "invpt": ([30555644, 12290535],
+            [[1085, 1146, 1087], [1038, 1146, 1039], [941, 1146, 941], [236, 1146, 236], [0, 1146, 0]]),
+}
+
+
+@pytest.mark.parametrize("protocol", SEISM)
+def test_boundary_map_and_counts_are_the_original_codes(protocol):
+    """Would catch: sums in float64 or another order, which move a few weak pixels. The numbers are of code
+    that gave, on two images, SEISM's own maps to the pixel and its numbers of pixels at all thresholds."""
+    y, x = np.mgrid[:90, :121]
+    ring = (y - 38) ** 2 + 2 * (x - 57) ** 2
+    lines = np.maximum(0, 30 - np.abs(ring % 1200 - 600) // 8) * (x + 40) // 23
+    specks = (y * 7919 + x * 104729 + y * y * x) % 1009 % 100 // 99
+    predicted, labels = (7 + lines + specks).astype(np.uint8), ring // 1200 + (ring % 1200 > 600)
+    sums = []
+    for rows in (90, 40):  # cut at 40, the order of three terms in the last row shows
+        level = scoring.boundary_levels(predicted[:rows], protocol).ravel()
+        sums.append(int((level * (np.arange(level.size) % 997)).sum()))
+    metric = scoring.BoundaryF(0.015, protocol)
+    for map_ in (predicted, ((predicted + 0.5) / 255).astype(np.float32)):
+        metric.sums["images"].clear()
+        metric.update(map_, labels)
+        counts = metric.compute()["counts"][[4, 10, 20, 60, 90], :]
+        assert (sums, counts[:, [0, 1, 3]].tolist()) == SEISM[protocol]
+        assert np.array_equal(counts[:, 0], counts[:, 2])
+
+
+def boundary_scene(seed, size):
+    """Return a probability and a label map: lines of unequal strength beside false ones."""
+    rng, (h, w) = np.random.default_rng(seed), size
+    y, x = np.mgrid[:h, :w]
+    places = rng.random((rng.integers(3, 9), 2)) * size
+    labels = ((y[..., None] - places[:, 0]) ** 2 + (x[..., None] - places[:, 1]) ** 2).argmin(-1)
+    strength, false = ndimage.gaussian_filter(rng.random((2, h, w)), (0, 3, 3))
+    strength = (strength - strength.min()) / np.ptp(strength)
+    lines = ndimage.gaussian_filter(scoring.seg2bmap(labels).astype(float), 1) * 2 * strength
+    false = np.abs(false - false.mean()) / false.std() * rng.uniform(0.05, 0.4)
+    return np.clip(lines + false, 0, 1).astype(np.float32), labels.astype(np.int32)
+
+
+@pytest.mark.parametrize("protocol", ["sak", "invpt"])
+def test_coarse_to_fine_finds_the_exhaustive_best(protocol):
+    """Would catch: a gap given up too early, a peak at either end missed, counts of one threshold stored at
+    another, thresholds that were not evaluated counted as zeros."""
+    evaluated = []
+    for seed in range(15):
+        whole = scoring.BoundaryF(0.03, protocol, exhaustive=True)
+        quick = scoring.BoundaryF(0.03, protocol)
+        quick.FEW = 0
+        for image in range(1 + seed % 3):
+            whole.update(*boundary_scene(100 * seed + image, (28 + seed % 9, 36)))
+        quick.merge(whole.state())
+        a, b = whole.compute(), quick.compute()
+        known = b["counts"][:, 0] >= 0
+        assert (b["counts"][~known] == -1).all() and (a["counts"] >= 0).all()
+        assert np.array_equal(a["counts"][known], b["counts"][known])
+        assert all(a[key] == b[key] for key in ("odsf", "threshold", "precision", "recall"))
+        evaluated.append(known.sum())
+    assert np.mean(evaluated) < 45
+
+
+def test_gaps_by_hand():
+    """Would catch: the bound with matches of the upper end or pixels of the lower, open ends forgotten."""
+    counts = np.full((9, 4), -1)
+    counts[2], counts[6] = (80, 100, 80, 160), (50, 100, 50, 60)  # F .615 and .625
+    # below 2: 2 * 100 / 260 = .77; between: 2 * 80 / 160 = 1; above 6: 2 * 50 / 100 = 1
+    assert scoring.gaps_worth_halving(counts, 0).tolist() == [0, 4, 7]
+    counts[4] = (78, 100, 78, 90)  # F .821; bounds: .77; 160 / 190 = .842; 156 / 160 = .975; 1
+    assert scoring.gaps_worth_halving(counts, 0).tolist() == [3, 5, 7]
+    counts[6] = (40, 100, 40, 60)  # above: .8
+    assert scoring.gaps_worth_halving(counts, 0).tolist() == [3, 5]
+    assert scoring.gaps_worth_halving(counts, 0.1).tolist() == [0, 3, 5, 7]
+    assert scoring.gaps_worth_halving(counts[:2] + 1, 0).tolist() == []
+
+
+def test_match_equals_assignment_either_way_round():
+    """Would catch: rows of the picture that run into each other, a side mistaken for the other when it has
+    more pixels, indices that overflow or collide with source and sink."""
+    rng = np.random.default_rng(3)
+    for share in (0.02, 0.1, 0.3):
+        a, b = rng.random((30, 25)) < share, rng.random((30, 25)) < 0.1
+        near = ((np.argwhere(a)[:, None] - np.argwhere(b)) ** 2).sum(-1) <= 2.3**2
+        rows, columns = optimize.linear_sum_assignment(near, maximize=True)
+        assert scoring.match(a, b, 2.3) == scoring.match(b, a, 2.3) == near[rows, columns].sum()
+
+
+def test_counts_do_not_depend_on_processes(monkeypatch):
+    """Would catch: a chunk lost or counted twice, a function that a spawned process cannot import."""
+    metric, counts = scoring.BoundaryF(0.03), []
+    for seed in range(9):
+        metric.update(*boundary_scene(seed, (20, 24)))
+    for cores in (1, 2):
+        monkeypatch.setattr(data, "core_count", lambda cores=cores: cores)
+        monkeypatch.setattr(scoring.BoundaryF, "CHUNK", 480 if cores == 2 else 1500)
+        counts.append(metric.count(np.array([20, 50])))
+    assert np.array_equal(*counts) and counts[0].min() > 0
+
+
+@pytest.mark.parametrize("task", ["semseg", "sal", "normals", "edge", "edge sak", "depth"])
 def test_merge_order_and_batching_change_nothing(task):
     """Would catch: means of means over processes, a metric that takes a batch for one image, state
     that is shared instead of copied, tensors and arrays scored differently."""
@@ -3305,9 +3520,10 @@ def test_merge_order_and_batching_change_nothing(task):
     kept = parts[1].state()
     parts[0].merge(parts[1].state())
     same_numbers(whole, parts[0].compute())
-    assert all(np.array_equal(kept[k], parts[1].sums[k]) for k in kept)
-    assert not any(np.shares_memory(kept[k], parts[1].sums[k]) for k in kept)
-    assert all(v.dtype in (np.int64, np.float64) for v in kept.values())
+    assert pickle.dumps(kept) == pickle.dumps(parts[1].sums)
+    parts[1].update(p[0], t[0])
+    assert pickle.dumps(kept) != pickle.dumps(parts[1].sums)
+    assert all(type(v) is list or v.dtype in (np.int64, np.float64) for v in kept.values())
 
 
 def test_bfloat16_predictions_are_scored_and_nan_is_not():
@@ -3383,7 +3599,7 @@ PLAINEST = prism.PrismConfig(
 class Scenes:
     """Five labelled scenes of 29 x 30 pixels, padded to 32 x 32; the image's value is its number."""
 
-    tasks, max_dist, ids = PLAINEST.tasks, 0.02, list("01234")
+    tasks, max_dist, ids, boundary_protocol = PLAINEST.tasks, 0.02, list("01234"), "simple"
     classes = {"semseg": ["wall", "floor", "ball"], "human_parts": [f"part {k}" for k in range(7)]}
 
     def __len__(self):
@@ -3520,6 +3736,30 @@ def test_command_line_writes_results_and_pictures(folder, capsys, monkeypatch):
     for name, width in (("predictions.png", 1700), ("routing.png", 600)):
         with scoring.Image.open(folder / name) as picture:
             assert picture.width >= width and len(picture.getcolors(1 << 20)) > 20
+
+
+def test_chosen_protocol_runs_and_is_named(folder, capsys, monkeypatch):
+    """Would catch: --protocol that reaches the boundaries but not maxF or the table, --exhaustive ignored,
+    a reader of photographs scored by the rendered world's protocol."""
+    readers = {kind: reader.boundary_protocol for kind, reader in data.READERS.items()}
+    assert readers == {"world": "simple", "world-nyud": "simple", "pascal": "sak", "nyud": "sak"}
+    monkeypatch.setattr(scoring.BoundaryF, "FEW", 0)
+    count = scoring.BoundaryF.count
+    for protocol, exhaustive, first_pass in (("sak", False, 6), ("invpt", True, 101)):
+        changes = {"protocol": protocol, "exhaustive": exhaustive, "tasks": ("semseg", "sal", "edge")}
+        passes = []
+        monkeypatch.setattr(scoring.BoundaryF, "count",
+                            lambda self, ks, passes=passes: passes.append(len(ks)) or count(self, ks))
+        code, out, err = run(capsys, monkeypatch, folder, **changes)
+        assert code == 0 and err == ""
+        results = json.loads((folder / "results.json").read_text())
+        assert results["protocol"] == {"semseg": "sak", "sal": protocol, "edge": protocol}
+        rows = [line.split() for line in out.splitlines() if " odsf " in line or " maxf " in line]
+        assert len(rows) == 2 and all(protocol in row for row in rows)
+        assert passes[0] == first_pass
+    made = [scoring.new_metric(task, Scenes(), name).protocol
+            for task in ("sal", "edge") for name in (None, "sak", "invpt")]
+    assert made == ["sak", "sak", "invpt", "simple", "sak", "invpt"]
 
 
 def test_stage_1_checkpoint_gets_its_routing_and_says_so(folder, capsys, monkeypatch):
@@ -3699,7 +3939,7 @@ def test_files_of_the_truth_score_perfect(tmp_path):
     """Would catch: files scored against the training label `edge`, classes of another image, probability
     not cut to floor(255 p), a task without people counted as wrong."""
     tasks = list(PLAINEST.tasks)
-    scoring.evaluate(Oracle(), Scenes(), "cpu", 2, tasks, tmp_path)
+    scoring.evaluate(Oracle(), Scenes(), "cpu", 2, tasks, save=tmp_path)
     got = scoring.evaluate_files(tmp_path, Scenes(), tasks)
     assert got["semseg"]["miou"] == got["edge"]["odsf"] == 100 and got["depth"]["rmse"] == 0
     assert got["human_parts"]["per_class"] == [100, 100, 100, 0, 0, 0, 0]
