@@ -1,9 +1,11 @@
 """Score a student: metrics of every task, Delta_m, what its routers do, pictures.
 
-    python eval.py --ckpt out/prism.pt
-    python eval.py --ckpt out/prism.pt --image photo.jpg holiday/   draws every task on anyone's photos
-    python eval.py --ckpt out/prism.pt --save-predictions found/    also writes what it scores
-    python eval.py --predictions found/ --data nyud:/data/NYUDv2    scores such files, ours or a peer's
+    python eval.py --ckpt out/prism.pt               # or out/deconstruct.pt: how well it imitates
+    python eval.py --ckpt out/prism.pt --analysis    # conflict of teachers, experts of each patch
+    python eval.py --ckpt out/prism.pt --image photo.jpg holiday/   # every task on anyone's photos
+    python eval.py --ckpt out/prism.pt --save-predictions found/    # also writes what it scores
+    python eval.py --predictions found/ --data nyud:/data/NYUDv2    # scores files, ours or a peer's
+    python eval.py --cost --size base --image-size 512 512          # parameters, multiply-adds, time
 
 | task        | metric                         | unit       | better        | protocol |
 |-------------|--------------------------------|------------|---------------|----------|
@@ -27,18 +29,23 @@ metres. Targets are what `dataset.read(i)` or `dataset[i]` give: 255 = ignore, a
 and zero depth. Both are numpy arrays or tensors, one image (H, W) or a batch (B, H, W).
 """
 
+import colorsys
 import itertools
 import json
 import math
 import os
 import sys
 import tempfile
+import time
 import zlib
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: see train.py
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Literal
 
@@ -57,6 +64,8 @@ from torch import Tensor, nn
 
 import data
 import prism
+import teachers
+import train as training
 
 COLUMNS = {  # metric -> unit, better is, protocol; None: the chosen one
     "miou": ("%", "higher", "sak"),
@@ -876,8 +885,11 @@ def probe(features, train, test) -> dict[str, float]:
     return {task: headline(task, value) for task, value in metrics.items()}
 
 
-def probe_table(features: dict[str, Callable[[Tensor], list[Tensor]]], train, test) -> None:
-    """Probe each {name: images -> 4 levels}, the floor first; print name x task, best in bold."""
+def probe_table(features: dict[str, Callable[[Tensor], list[Tensor]]], train, test) -> dict[str, dict]:
+    """Probe each {name: images -> 4 levels}, the floor first; print name x task, best in bold.
+
+    Returns {name: {task: value}}.
+    """
     rows = {name: probe(levels, train, test) for name, levels in features.items()}
     table = Table("linear probe of", *(f"{task} {data.TASKS[task].metric}" for task in test.tasks))
     for name, row in rows.items():
@@ -887,6 +899,7 @@ def probe_table(features: dict[str, Callable[[Tensor], list[Tensor]]], train, te
             cells.append(f"{'[bold]' if value == best else ''}{value:.2f}")
         table.add_row(name, *cells)
     console.print(table)
+    return rows
 
 
 # --------------------------------------------------------------------------------------------- routing
@@ -943,9 +956,340 @@ def entropy(p: np.ndarray) -> float:
     return max(0.0, float(-(p * np.log(p)).sum()))
 
 
+# -------------------------------------------------------------------------------------------- analysis
+
+
+def load_members(stored: dict, device) -> dict[str, teachers.Teacher]:
+    """Load the teachers that a checkpoint records; {} if one is missing, and a line that says why."""
+    recorded, members = stored.get("provenance", {}).get("teachers", {}), {}
+    try:
+        for name, width in stored["config"]["teachers"].items():
+            if not (was := recorded.get(name)):
+                raise ValueError(f"the checkpoint does not record what {name} is")
+            size = was["size"] if isinstance(was["size"], int) else None
+            source = name if was["kind"] == "toy" else was["source"]
+            members[name] = teachers.load_teacher(source, size, device, was.get("sha256"))
+            if members[name].width != width:
+                raise ValueError(f"{name} is {members[name].width} wide, was {width} in training")
+            if (now := members[name].provenance.get("settings")) != was.get("settings"):
+                print(f"{name} was raised by other code: settings {now} here, {was['settings']} in training")
+    except (ValueError, OSError) as error:
+        print(f"teachers, and what is measured against them, left out: {prism.one_line(error)}")
+        return {}
+    return members
+
+
+@torch.inference_mode()
+def choose_experts(model, images: Tensor, batch_size: int) -> Tensor:
+    """Return every token's experts under every context, (blocks, contexts, B, N, K), best first."""
+    chunks = []
+    for batch in progress(range(len(images)), batch_size, "experts"):
+        routes = [model.route(images[batch], context) for context in model.contexts]
+        chunks.append(torch.stack([
+            torch.stack([route.topk_idx for route in block]) for block in zip(*routes, strict=True)]))
+    return torch.cat(chunks, 2)
+
+
+def overlap(picks: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Compare contexts by the experts that they chose for the same tokens; picks (C, ..., K).
+
+    Returns `active` (C, E) bool: experts that get any token; (C, C) the share of the E experts that are
+    active in both; (C, C) the mean over tokens of the Jaccard index |both| / |either| of their top-k sets.
+    """
+    K = picks.shape[-1]
+    chosen = F.one_hot(picks.flatten(1, -2), experts).sum(2).float()  # (C, T, E)
+    both = torch.einsum("ate, bte -> abt", chosen, chosen)  # (C, C, T)
+    active = chosen.amax(1)  # (C, E)
+    return active > 0, active @ active.T / experts, (both / (2 * K - both)).mean(2)
+
+
+def teacher_gradients(model, members: dict[str, teachers.Teacher], images: Tensor,
+                      batch_size: int) -> list[tuple[Tensor, Tensor]]:
+    """Return per MoE block the gradient of each teacher's distillation loss, mean over the images.
+
+    Pairs of the shared stream (attention, anchor, shared expert), (teachers, P), and of the routed
+    experts, (teachers, E, Q). Each teacher sees all images; the model must be in eval mode.
+    """
+    blocks, rows = [model.blocks[i] for i in model.cfg.moe_blocks], []
+    for i, (name, teacher) in enumerate(members.items()):
+        model.zero_grad()
+        for batch in progress(range(len(images)), batch_size, f"gradients of {name}"):
+            ids = torch.full((len(batch),), i, device=images.device)
+            maps, target = model.distill(images[batch], ids)[name], teacher.features(images[batch])
+            (loss,) = training.distill_terms({name: maps}, {name: target}).values()
+            (loss * len(batch) / len(images)).backward()
+        rows.append([(
+            torch.cat([p.grad.flatten() for part in (block.attn, block.anchor, block.shared)
+                       for p in part.parameters()]),
+            torch.cat([p.grad.flatten(1) for p in block.experts.parameters()], 1),
+        ) for block in blocks])
+    model.zero_grad()
+    return [tuple(torch.stack(kind) for kind in zip(*row, strict=True)) for row in zip(*rows, strict=True)]
+
+
+def conflict(shared: Tensor, experts: Tensor, active: Tensor) -> dict:
+    """Return the cosines of two teachers' gradients: shared (2, P), experts (2, E, Q), active (2, E).
+
+    `cos_experts` is the paper's I_l: mean over co-active experts, 0 where there is none.
+    """
+    both = active.all(0)
+    cos = F.cosine_similarity(*experts, dim=1)  # (E,)
+    return {"cos_shared": F.cosine_similarity(*shared, dim=0).item(),
+            "cos_experts": cos[both].mean().item() if both.any() else 0.0,
+            "cos_each": [c if b else None for c, b in zip(cos.tolist(), both.tolist(), strict=True)]}
+
+
+def analyse(model, members: dict[str, teachers.Teacher], images: Tensor, picks: Tensor,
+            batch_size: int) -> list[dict]:
+    """Say per MoE block what each pair of teachers and of tasks shares: {"teachers": {"a + b": numbers}}.
+
+    `coactive` and `jaccard` as in `overlap`; with teachers at hand also their `conflict`.
+    """
+    cfg, blocks = model.cfg, []
+    gradients = teacher_gradients(model, members, images, batch_size) if len(members) > 1 else ()
+    for b, block in enumerate(cfg.moe_blocks):
+        row = {"block": block, "teachers": {}, "tasks": {}}
+        for kind, first in (("teachers", 0), ("tasks", len(cfg.teachers))):
+            names = list(getattr(cfg, kind))
+            active, coactive, jaccard = overlap(picks[b, first : first + len(names)], cfg.experts)
+            for i, j in combinations(range(len(names)), 2):
+                numbers = {"coactive": coactive[i, j].item(), "jaccard": jaccard[i, j].item()}
+                if kind == "teachers" and gradients:
+                    numbers |= conflict(*(g[[i, j]] for g in gradients[b]), active[[i, j]])
+                row[kind][f"{names[i]} + {names[j]}"] = numbers
+        blocks.append(row)
+    return blocks
+
+
+@torch.inference_mode()
+def fidelity(model, members: dict[str, teachers.Teacher], dataset, device, batch_size: int) -> dict:
+    """Compare the student's projected features with each teacher's: {teacher: 4 x numbers}.
+
+    `cos_image` over the flattened map, as in the loss; `cos_patch` mean over patches; `smooth_l1`;
+    `length`, the student's norm over the teacher's: a cosine of 1 does not ask for a length of 1.
+    """
+    keys = ("cos_image", "cos_patch", "smooth_l1", "length")
+    sums = {name: torch.zeros(4, len(keys)) for name in members}
+    for batch in progress(range(len(dataset)), batch_size, "imitation"):
+        images = stack([dataset[i] for i in batch], "image").to(device)
+        for i, (name, teacher) in enumerate(members.items()):
+            maps = model.distill(images, torch.full((len(images),), i, device=device))[name]
+            for level, pair in enumerate(zip(maps, teacher.features(images), strict=True)):
+                x, y = training.same_grid(*pair)
+                flat_x, flat_y = x.flatten(1), y.flatten(1)
+                sums[name][level] += len(x) * torch.stack([
+                    F.cosine_similarity(flat_x, flat_y).mean(), F.cosine_similarity(x, y).mean(),
+                    F.smooth_l1_loss(x, y), (flat_x.norm(dim=1) / flat_y.norm(dim=1)).mean()]).cpu()
+    means = {name: (total / len(dataset)).tolist() for name, total in sums.items()}
+    return {name: [dict(zip(keys, row, strict=True)) for row in rows] for name, rows in means.items()}
+
+
+class First:
+    """The first `count` images of a dataset."""
+
+    def __init__(self, dataset, count: int):
+        self.dataset, self.count = dataset, min(count, len(dataset))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> dict:
+        return self.dataset[i]
+
+    def __getattr__(self, name: str):
+        return getattr(self.dataset, name)
+
+
+def probe_student(model, members: dict[str, teachers.Teacher], source: str, dataset, device) -> dict:
+    """Probe an untrained student, the student in each teacher's context, and the teachers.
+
+    A probe keeps all its features in memory, so it gets 48k patches at most, of the probe split, else of
+    train; `dataset` gives at most 256 images. All maps are brought to the student's grid. Returns
+    {what: {task: value}}, {} without labels.
+    """
+    if not dataset.tasks:
+        print(f"no linear probes: {source} has no labels")
+        return {}
+    try:
+        known = data.open_data(source, "probe")
+    except (ValueError, OSError):
+        known = data.open_data(source, "train")
+    patches = math.prod(known[0]["image"].shape[-2:]) // model.cfg.patch**2
+    known, test = First(known, 48 * 1024 // patches), First(dataset, 256)
+    print(f"linear probes: fitted to the first {len(known)} images of {getattr(known, 'split', 'train')}, "
+          f"scored on the first {len(test)} of {len(dataset)}")
+    torch.manual_seed(0)
+    blank, names = prism.Prism(model.cfg).to(device).eval(), list(model.cfg.teachers)
+    students = {"untrained student": (blank, names[0])} | {f"student as {n}": (model, n) for n in names}
+    see = {row: lambda x, net=net, name=name: net.features(x, name) for row, (net, name) in students.items()}
+    see |= {name: teacher.features for name, teacher in members.items()}
+
+    def on_student_grid(features, images: Tensor) -> list[Tensor]:
+        grid = [side // model.cfg.patch for side in images.shape[-2:]]
+        return [F.interpolate(level, grid, mode="bilinear", align_corners=False).cpu()
+                for level in features(images.to(device))]
+
+    return probe_table({row: partial(on_student_grid, f) for row, f in see.items()}, known, test)
+
+
+def study(args: "Args", stored: dict, model, dataset, source: str, device) -> tuple[dict, dict]:
+    """Run --analysis, and the report on a student without heads; returns results and pictures by name."""
+    members, found, pictures = load_members(stored, device), {}, {}
+    if args.analysis:
+        images = stack([dataset[i] for i in range(min(len(dataset), args.analysis_images))], "image")
+        images = images.to(device)
+        picks = choose_experts(model, images, args.batch_size)
+        blocks = analyse(model, members, images, picks, args.batch_size)
+        found["analysis"] = {"images": len(images), "blocks": blocks}
+        print_analysis(blocks)
+        shown = np.linspace(0, len(images) - 1, min(4, len(images))).astype(int).tolist()
+        pictures["conflict"] = draw_conflict(blocks, model.cfg)
+        pictures["experts"] = draw_experts(model, images[shown].cpu(), picks[:, :, shown, 1:, 0].cpu())
+        if members:
+            pictures["imitation"] = draw_imitation(model, members, images[shown])
+    if not set(model.cfg.tasks) & set(dataset.tasks):
+        found["imitation"] = fidelity(model, members, dataset, device, args.batch_size)
+        print_fidelity(found["imitation"], model.cfg)
+        found["probes"] = probe_student(model, members, source, dataset, device)
+    return found, pictures
+
+
+def print_analysis(blocks: list[dict]) -> None:
+    """Print a line per block and pair of teachers, and the mean of the pairs of tasks."""
+    keys = {"coactive": "co-active", "jaccard": "Jaccard", "cos_shared": "cos, shared stream",
+            "cos_experts": "cos, experts (I_l)"}
+    table = Table("MoE block", "contexts", *keys.values(), title=(
+        "experts that two contexts share, overlap of their top-k sets, cosine of teachers' gradients"))
+    for block in blocks:
+        rows, tasks = dict(block["teachers"]), list(block["tasks"].values())
+        if tasks:
+            rows[f"mean of {len(tasks)} pairs of tasks"] = {
+                key: float(np.mean([pair[key] for pair in tasks])) for key in tasks[0]}
+        for pair, numbers in rows.items():
+            cells = (f"{numbers[key]:.3f}" if key in numbers else "" for key in keys)
+            table.add_row(str(block["block"]), pair, *cells)
+    console.print(table)
+
+
+def print_fidelity(levels: dict[str, list[dict]], cfg: prism.PrismConfig) -> None:
+    """Print how near the student's projected features come to each teacher's, level by level."""
+    table = Table("teacher", "after block", "cos per image", "cos per patch", "SmoothL1", "length",
+                  title="projected features of the student beside the teachers'")
+    for name, rows in levels.items():
+        for block, row in zip(cfg.moe_blocks, rows, strict=True):
+            table.add_row(name, str(block), *(f"{value:.3f}" for value in row.values()))
+    if levels:
+        console.print(table)
+
+
+# ------------------------------------------------------------------------------------------------ cost
+
+
+class DenseViT(prism.Prism):
+    """A plain ViT of the same size with the same heads: all tasks from one pass of the trunk."""
+
+    def __init__(self, cfg: prism.PrismConfig):
+        super().__init__(replace(cfg, teachers={}, experts=1, top_k=1))
+        for i in cfg.moe_blocks:
+            self.blocks[i] = prism.Block(cfg.dim, cfg.heads, int(cfg.dim * cfg.mlp_ratio))
+        self.task_embed = None
+
+    def predict(self, images: Tensor, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Solve all tasks in one pass, as a student's `predict`."""
+        x, levels = self.embed(images), []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i in self.cfg.moe_blocks:
+                h = images.shape[-2] // self.cfg.patch
+                levels.append(rearrange(self.norm(x)[:, 1:], "b (h w) d -> b d h w", h=h))
+        return {task: head(levels, images.shape[-2:]) for task, head in self.heads.items()}
+
+
+def count_macs(cfg: prism.PrismConfig, size: tuple[int, int], dense: bool = False) -> dict[str, int]:
+    """Count the multiply-adds of `predict` for one image of size (H, W) pixels and all of cfg's tasks.
+
+    What lies before the first router runs once, the rest once per task; dense: a `DenseViT`.
+    """
+    D, T, blocks = cfg.dim, len(cfg.tasks), range(cfg.depth)
+    patches = size[0] // cfg.patch * (size[1] // cfg.patch)
+    N, moe = 1 + patches, () if dense else cfg.moe_blocks
+    passes = [1 if dense or i <= cfg.moe_blocks[0] else T for i in blocks]
+    inside = sum(passes[i] for i in moe)  # passes of gates and shared experts
+    wide, narrow = (2 * N * D * int(D * r) for r in (cfg.mlp_ratio, cfg.expert_ratio))
+    router = 2 * D * D + N * D * cfg.experts + (N * D * D if cfg.official else 0)
+    quarter = size[0] // 4 * (size[1] // 4)
+    return {
+        "patch embedding": patches * 3 * cfg.patch**2 * D,
+        "attention": sum(passes) * (4 * N * D * D + 2 * N * N * D),
+        "anchors, MLPs": sum(passes) * wide,
+        "gates, routers": inside * N * D + len(moe) * T * router,
+        "shared experts": inside * narrow,
+        "routed experts": len(moe) * T * cfg.top_k * narrow,
+        "heads": sum(patches * D * D + quarter * (9 * D * D + D * C) for C in cfg.tasks.values()),
+    }
+
+
+@torch.inference_mode()
+def time_models(models: dict[str, nn.Module], images: Tensor, repeats: int = 3) -> dict[str, float]:
+    """Return the median ms of `predict` on the images, models interleaved; bfloat16 on a GPU."""
+    times, gpu = {name: [] for name in models}, images.is_cuda
+    for _ in range(repeats + 1):  # the first one warms up
+        for name, model in models.items():
+            start = time.perf_counter()
+            with torch.autocast("cuda", torch.bfloat16) if gpu else nullcontext():
+                model.predict(images)
+            if gpu:
+                torch.cuda.synchronize()
+            times[name].append(1000 * (time.perf_counter() - start))
+    return {name: float(np.median(ms[1:])) for name, ms in times.items()}
+
+
+def report_cost(args: "Args", device) -> None:
+    """Print parameters, multiply-adds by part and latency beside a dense ViT; write cost.json."""
+    stored = None if args.size else prism.read_checkpoint(args.ckpt)
+    cfg = prism.config_from(stored["config"], args.ckpt) if stored else prism.SIZES[args.size]
+    pascal = {task: known.channels or len(data.PASCAL_CLASSES) for task, known in data.TASKS.items()}
+    cfg = replace(cfg, tasks=cfg.tasks or {k: v for k, v in pascal.items() if k != "depth"})
+    given = args.image_size or ([n * cfg.patch for n in cfg.grid] if stored else [512])
+    size = (given[0], given[-1])
+    if any(side <= 0 or side % cfg.patch for side in size):
+        raise ValueError(f"image size {size[0]} x {size[1]} is not a multiple of the patch size {cfg.patch}; "
+                         "give two such sides")
+    student = prism.Prism(cfg)
+    if stored:
+        prism.load_strict(student, stored["model"], args.ckpt, new=("heads", "task_embed"))
+    student.projectors.clear()  # they serve training alone
+    models = {"PRISM": student, "dense ViT": DenseViT(cfg)}
+    models = {name: model.to(device).eval() for name, model in models.items()}
+    macs = {"PRISM": count_macs(cfg, size), "dense ViT": count_macs(cfg, size, dense=True)}
+    count, result = 8 if device.type == "cuda" else 1, {}
+    one = time_models(models, torch.rand(1, 3, *size, device=device))
+    many = one if count == 1 else time_models(models, torch.rand(count, 3, *size, device=device))
+    for name, model in models.items():
+        total, active = prism.count_parameters(model)
+        result[name] = {"parameters, M": total / 1e6, "active per token, M": active / 1e6}
+        result[name] |= {f"GMAC, {part}": n / 1e9 for part, n in macs[name].items()}
+        result[name] |= {"GMAC, total": sum(macs[name].values()) / 1e9, "ms, batch 1": one[name],
+                         f"images/s, batch {count}": 1000 * count / many[name]}
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else (
+        f"this machine's CPU, {torch.get_num_threads()} threads")
+    print(f"{size[0]} x {size[1]} pixels, {len(cfg.tasks)} tasks: {' '.join(cfg.tasks)}; no projectors; "
+          f"times: {machine}, {'bfloat16' if device.type == 'cuda' else 'float32'}, medians of 3")
+    table = Table("one image", *(Column(name, justify="right") for name in (*result, "ratio")))
+    for key, ours in result["PRISM"].items():
+        dense = result["dense ViT"][key]
+        table.add_row(key, f"{ours:.3f}", f"{dense:.3f}", f"{ours / dense:.2f}" if dense else "")
+    console.print(table)
+    facts = {"size": size, "tasks": cfg.tasks, "device": machine, "cost": result}
+    folder = args.out_dir or args.ckpt.parent
+    write_files(folder, {"cost.json": json.dumps(facts, indent=1)})
+    print(f"wrote {folder / 'cost.json'}")
+
+
 # -------------------------------------------------------------------------------------------- pictures
 
-INK, FAINT, DEEP = (30, 32, 38), (115, 119, 128), (24, 78, 140)  # text, quiet text, largest share
+INK, FAINT = (30, 32, 38), (115, 119, 128)  # text, quiet text
+DEEP, RED = (24, 78, 140), (178, 48, 32)  # largest share, and below zero
 
 
 def write(pen: ImageDraw.ImageDraw, x: float, y: float, text: str, size=14, ink=INK, anchor="mm"):
@@ -1029,22 +1373,141 @@ def draw_routing(blocks: list[dict]) -> Image.Image:
     return canvas
 
 
-def draw_shares(table: dict[str, list[float]], largest: float) -> Image.Image:
-    """Draw one table context x expert, numbers on colours; `largest` gets the deepest colour."""
-    wide, high, left = 42, 26, 115
-    experts = len(next(iter(table.values())))
-    canvas = Image.new("RGB", (left + experts * wide, (len(table) + 1) * high), "white")
+def draw_shares(table: dict[str, list[float | None]], largest: float,
+                columns: Sequence[str] = ()) -> Image.Image:
+    """Draw one table context x expert, percent on colours; `largest` gets the deepest colour, blue or,
+    below zero, red. None is left empty."""
+    columns = columns or [f"e{e}" for e in range(len(next(iter(table.values()))))]
+    font = ImageFont.load_default(size=14)
+    wide, high = max(42, *(10 + round(font.getlength(name)) for name in columns)), 26
+    left = max(115, *(16 + round(font.getlength(name)) for name in table))
+    canvas = Image.new("RGB", (left + len(columns) * wide, (len(table) + 1) * high), "white")
     pen = ImageDraw.Draw(canvas)
-    for e in range(experts):
-        write(pen, left + (e + 0.5) * wide, high / 2, f"e{e}", ink=FAINT)
+    for e, name in enumerate(columns):
+        write(pen, left + (e + 0.5) * wide, high / 2, name, ink=FAINT)
     for row, (name, values) in enumerate(table.items(), start=1):
         write(pen, left - 8, (row + 0.5) * high, name, anchor="rm")
         for e, share in enumerate(values):
-            x, y, strength = left + e * wide, row * high, share / largest
-            colour = tuple(round(248 + strength * (deep - 248)) for deep in DEEP)
+            if share is None:
+                continue
+            x, y, strength = left + e * wide, row * high, min(1, abs(share) / largest)
+            colour = tuple(round(248 + strength * (deep - 248)) for deep in (DEEP if share >= 0 else RED))
             pen.rectangle((x, y, x + wide - 2, y + high - 2), colour)
-            write(pen, x + wide / 2 - 1, y + high / 2 - 1, f"{100 * share:.0f}",
+            write(pen, x + wide / 2 - 1, y + high / 2 - 1, f"{100 * share:z.0f}",
                   ink="white" if strength > 0.5 else INK)
+    return canvas
+
+
+def draw_conflict(blocks: list[dict], cfg: prism.PrismConfig) -> Image.Image:
+    """Draw per MoE block the cosines of teachers' gradients, then what pairs of contexts share."""
+    lines, taught = [], any("cos_each" in pair for pair in blocks[0]["teachers"].values())
+    for block in blocks:
+        line = []
+        if taught:
+            line.append(draw_shares(
+                {pair: [n["cos_shared"], n["cos_experts"], *n["cos_each"]] for pair, n in
+                 block["teachers"].items()}, 1, ["shared", "I_l", *(f"e{e}" for e in range(cfg.experts))]))
+        for kind in (kind for kind in ("teachers", "tasks") if block[kind]):
+            names = list(getattr(cfg, kind))
+            rows = {name: [None] * len(names) for name in names}
+            for (i, j), n in zip(combinations(range(len(names)), 2), block[kind].values(), strict=True):
+                rows[names[i]][j], rows[names[j]][i] = n["jaccard"], n["coactive"]
+            rows = {f"{i}  {name}": rows[name] for i, name in enumerate(names, 1)}
+            line.append(draw_shares(rows, 1, [str(i) for i in range(1, len(names) + 1)]))
+        lines.append(line)
+    width = max(900, 20 + sum(table.width + 20 for table in lines[0]))
+    step = 54 + max((table.height for table in lines[0]), default=0)
+    canvas = Image.new("RGB", (width, 76 + step * len(blocks)), "white")
+    pen = ImageDraw.Draw(canvas)
+    notes = ("pairs of teachers: 100 x cosine of gradients on the shared stream, mean of co-active experts "
+             "(I_l), each expert; empty: not co-active",
+             "squares: above the diagonal the percent that two contexts' top-k sets overlap (Jaccard), "
+             "below it the percent of experts that both use")
+    for k, note in enumerate(notes if taught else notes[1:]):
+        write(pen, 20, 22 + 22 * k, note, ink=FAINT, anchor="lm")
+    for k, (block, line) in enumerate(zip(blocks, lines, strict=True)):
+        write(pen, 20, 80 + k * step, f"block {block['block']}", size=18, anchor="lm")
+        x = 20
+        for table in line:
+            canvas.paste(table, (x, 96 + k * step))
+            x += table.width + 20
+    return canvas
+
+
+def expert_colours(experts: int) -> list[tuple[int, int, int]]:
+    """Return a colour per expert: hues around the circle, bright and dark in turn."""
+    return [tuple(round(255 * c) for c in colorsys.hsv_to_rgb(e / experts, 0.85, (0.95, 0.62)[e % 2]))
+            for e in range(experts)]
+
+
+def as_pixels(image: Tensor) -> np.ndarray:
+    """Turn RGB in [0, 1] (3, H, W) into uint8 (H, W, 3)."""
+    return (255 * image).round().byte().permute(1, 2, 0).numpy()
+
+
+def draw_experts(model, images: Tensor, best: Tensor) -> Image.Image:
+    """Draw every patch's first expert over the images, a row per context, a column per MoE block.
+
+    images (B, 3, H, W) RGB in [0, 1]; best (blocks, contexts, B, patches) expert ids.
+    """
+    cfg, side, gap, left = model.cfg, 108, 14, 125
+    palette = np.array(expert_colours(cfg.experts), np.uint8)
+    group = len(cfg.moe_blocks) * (side + 2) + gap
+    canvas = Image.new("RGB", (left + group * len(images), 240 + (side + 2) * best.shape[1]), "white")
+    pen = ImageDraw.Draw(canvas)
+    write(pen, gap, 20, "the expert with the largest weight in each patch", ink=FAINT, anchor="lm")
+    for e, colour in enumerate(palette):
+        x, y = gap + 60 * (e % 18), 38 + 22 * (e // 18)
+        pen.rectangle((x, y, x + 14, y + 14), tuple(colour.tolist()))
+        write(pen, x + 20, y + 7, f"e{e}", anchor="lm")
+    for c, context in enumerate(model.contexts):
+        write(pen, left - 10, 222 + (c + 0.5) * (side + 2), context, anchor="rm")
+    for k, image in enumerate(images):
+        photo, x = as_pixels(image), left + k * group
+        canvas.paste(tile(photo, side), (x, 82))
+        grey = photo.mean(2, keepdims=True)  # (H, W, 1)
+        for b, block in enumerate(cfg.moe_blocks):
+            write(pen, x + (b + 0.5) * (side + 2), 208, f"block {block}", ink=FAINT)
+            for c in range(len(model.contexts)):
+                ids = best[b, c, k].reshape(photo.shape[0] // cfg.patch, -1).numpy()
+                colours = palette[ids].repeat(cfg.patch, 0).repeat(cfg.patch, 1)  # (H, W, 3)
+                mixed = (0.35 * grey + 0.65 * colours).astype(np.uint8)
+                canvas.paste(tile(mixed, side), (x + b * (side + 2), 222 + c * (side + 2)))
+    return canvas
+
+
+@torch.inference_mode()
+def draw_imitation(model, members: dict[str, teachers.Teacher], images: Tensor) -> Image.Image:
+    """Draw each level of each teacher and the student's projection to it, in the teacher's colours."""
+    cfg, side, gap, left, top = model.cfg, 112, 16, 145, 76
+    wide = 2 * side + 2 + gap
+    canvas = Image.new("RGB", (left + side + gap + 4 * wide,
+                               top + (side + 26) * len(images) * len(members)), "white")
+    pen = ImageDraw.Draw(canvas)
+    write(pen, gap, 18, "red, green, blue: three main components of the teacher's features; the student's "
+          "at equal length in the same components; cosine over the image", ink=FAINT, anchor="lm")
+    for level, block in enumerate(cfg.moe_blocks):
+        x = left + side + gap + level * wide
+        write(pen, x + side, 42, f"level {level + 1}, student's block {block}")
+        for n, who in enumerate(("teacher", "student")):
+            write(pen, x + n * (side + 2) + side / 2, 62, who, ink=FAINT)
+    y = top
+    for i, (name, teacher) in enumerate(members.items()):
+        maps = model.distill(images, torch.full((len(images),), i, device=images.device))[name]
+        pairs = list(zip(teacher.features(images), maps, strict=True))
+        for k, image in enumerate(images.cpu()):
+            write(pen, left - 10, y + side / 2, name, anchor="rm")
+            canvas.paste(tile(as_pixels(image), side), (left, y))
+            for level, pair in enumerate(pairs):
+                x = left + side + gap + level * wide
+                taught, own = (m[k].cpu().float() for m in pair)
+                own = own * taught.norm() / own.norm()  # the loss is nearly blind to length, see `fidelity`
+                for n, m in enumerate((taught, own)):
+                    canvas.paste(tile(teachers.pca_picture(m, taught)[0], side), (x + n * (side + 2), y))
+                a, b = training.same_grid(taught[None], own[None])
+                cos = F.cosine_similarity(a.flatten(1), b.flatten(1)).item()
+                write(pen, x + side, y + side + 11, f"cosine {cos:.3f}", size=13)
+            y += side + 26
     return canvas
 
 
@@ -1151,6 +1614,11 @@ class Args:
     photo_side: int | None = None  # shrink photos to this shorter side, pixels (default: the student's)
     save_predictions: Path | None = None  # folder for a file per image and task, while scoring
     predictions: Path | None = None  # score the files of this folder, without a checkpoint
+    analysis: bool = False  # also measure and draw conflict of teachers, experts of patches, imitation
+    analysis_images: int = 64  # how many of the split's images --analysis uses
+    cost: bool = False  # instead: parameters, multiply-adds and latency, beside a dense ViT
+    size: Literal["toy", "small", "base", "large"] | None = None  # --cost without a checkpoint
+    image_size: tuple[int, ...] | None = None  # of --cost: side, or height and width, pixels
     debug: bool = False  # full traceback on errors
 
 
@@ -1314,6 +1782,10 @@ def main(args: Args) -> None:
         return draw_photos(args, device)
     if args.batch_size < 1:
         raise ValueError(f"batch size {args.batch_size} is not positive; use 1 or more")
+    if args.analysis_images < 1:
+        raise ValueError(f"--analysis-images {args.analysis_images} is not positive; use 1 or more")
+    if args.cost:
+        return report_cost(args, device)
     stored = prism.read_checkpoint(args.ckpt)
     source = args.data or stored.get("provenance", {}).get("data")
     if source is None:
@@ -1328,7 +1800,7 @@ def main(args: Args) -> None:
     print(f"{args.ckpt}: step {stored.get('step')}; {source}, {args.split}, {len(dataset)} images; "
           f"{device}")
     if not tasks:
-        print(f"{args.ckpt} has no task heads (stage 1): routing only; next: train.py --stage recompose")
+        print(f"{args.ckpt} has no task heads (stage 1): no scores; next: train.py --stage recompose")
 
     protocol, metrics = choose_protocol(args, dataset), {}
     if tasks:
@@ -1336,13 +1808,17 @@ def main(args: Args) -> None:
                            exhaustive=args.exhaustive, save=args.save_predictions)
     blocks = routing(model, dataset, device, args.batch_size)
     print_tables(metrics, blocks, protocol)
+    more, pictures = {}, {}
+    if args.analysis or not tasks:
+        more, pictures = study(args, stored, model, dataset, source, device)
     origin = {"checkpoint": args.ckpt.name, "step": stored.get("step"), "seed": stored.get("seed")}
-    results = origin | summary(args, dataset, metrics, reference, protocol) | {"routing": blocks}
+    results = origin | summary(args, dataset, metrics, reference, protocol) | {"routing": blocks, **more}
     size = {384: "ViT-S", 768: "ViT-B", 1024: "ViT-L"}.get(model.cfg.dim, f"width {model.cfg.dim}")
     print_published(source.partition(":")[0], protocol, results["headline"], size)
     suffix = "" if tasks else "_stage1"  # not over the files of the student with heads
-    files = {f"results{suffix}.json": as_json(results),
-             f"routing{suffix}.png": draw_routing(blocks)}
+    pictures["routing"] = draw_routing(blocks)
+    files = {f"results{suffix}.json": as_json(results)}
+    files |= {f"{name}{suffix}.png": picture for name, picture in pictures.items()}
     if tasks:
         files["predictions.png"] = draw_predictions(model, dataset, device, tasks)
     write_files(out_dir, files)

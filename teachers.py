@@ -1314,20 +1314,21 @@ def describe(provenance: dict) -> str:
 # ------------------------------------------------------------------------------------------ pictures
 
 
-def pca_picture(level: Tensor) -> tuple[np.ndarray, float]:
+def pca_picture(level: Tensor, base: Tensor | None = None) -> tuple[np.ndarray, float]:
     """Show a map (C, h, w) by its three strongest directions of change as red, green and blue.
 
-    Returns uint8 (h, w, 3), each colour stretched from the 2nd to the 98th percentile, and the share of
-    the variance that the three hold. Signs are fixed: the largest weight of a direction is positive.
+    base (C, h', w'): take directions and colours from this map, so that both can be compared. Returns
+    uint8 (h, w, 3), each colour stretched from the 2nd to the 98th percentile, and the share of the
+    base's variance that the three hold. Signs are fixed: the largest weight of a direction is positive.
     """
-    x = level.flatten(1).T.double()  # (h * w, C)
-    x = x - x.mean(0)
-    _, strength, directions = torch.linalg.svd(x, full_matrices=False)  # (r,), (r, C)
+    x, of = (m.flatten(1).T.double() for m in (level, level if base is None else base))  # (h * w, C)
+    mean = of.mean(0)
+    _, strength, directions = torch.linalg.svd(of - mean, full_matrices=False)  # (r,), (r, C)
     directions = F.pad(directions, (0, 0, 0, max(0, 3 - len(directions))))[:3]
     largest = directions.abs().argmax(1, keepdim=True)
-    y = x @ (directions * directions.gather(1, largest).sign()).T  # (h * w, 3)
-    low, high = (torch.quantile(y, share, dim=0) for share in (0.02, 0.98))
-    y = ((y - low) / (high - low).clamp(min=1e-9)).clamp(0, 1)
+    y, of = ((m - mean) @ (directions * directions.gather(1, largest).sign()).T for m in (x, of))
+    low, high = (torch.quantile(of, share, dim=0) for share in (0.02, 0.98))
+    y = ((y - low) / (high - low).clamp(min=1e-9)).clamp(0, 1)  # (h * w, 3)
     share = strength[:3].square().sum() / strength.square().sum().clamp(min=1e-30)
     return (255 * y).round().byte().view(*level.shape[1:], 3).numpy(), share.item()
 

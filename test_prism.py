@@ -40,6 +40,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from scipy import ndimage, optimize
 from scipy.io import loadmat, savemat
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import eval as scoring
@@ -3689,6 +3691,130 @@ def test_routing_tables_are_what_the_router_says():
     assert max(b["nmi_tasks"] for b in got) > 0.001
 
 
+# ------------------------------------------------------------------------------------- analysis, cost
+
+
+class FakeTeacher:
+    """Gives maps that depend on the image alone; the student's own projections if it has a student."""
+
+    provenance, width = {}, 8
+
+    def __init__(self, seed, student=None, grid=4):
+        torch.manual_seed(seed)
+        self.mix, self.seed, self.student, self.grid = torch.randn(4, 8, 3), seed, student, grid
+
+    def features(self, images):
+        if self.student:
+            ids = torch.full((len(images),), self.seed)
+            return list(self.student.distill(images, ids).values())[self.seed]
+        small = F.adaptive_avg_pool2d(images, self.grid)
+        return [torch.einsum("cd, bdhw -> bchw", m, small) for m in self.mix]
+
+
+def listening_student(**changes):
+    """A student whose routers listen to the context and whose streams weigh alike."""
+    torch.manual_seed(3)
+    student = prism.Prism(replace(PLAINEST, gate_start=0.5, **changes)).eval()
+    for block in student.blocks:
+        torch.nn.init.normal_(block.router.film.weight, std=2)
+        torch.nn.init.normal_(block.experts.w1, std=0.2)
+    return student
+
+
+def test_overlap_by_hand():
+    """Would catch: union taken for 2 K, the mean over experts instead of tokens, experts counted as active
+    in one context only, order within the top k."""
+    picks = torch.tensor([[[0, 1], [2, 0], [1, 0]], [[1, 0], [0, 3], [3, 4]], [[3, 4]] * 3])
+    active, coactive, jaccard = scoring.overlap(picks, 5)
+    assert active.int().tolist() == [[1, 1, 1, 0, 0], [1, 1, 0, 1, 1], [0, 0, 0, 1, 1]]
+    assert coactive[0].tolist() == pytest.approx([3 / 5, 2 / 5, 0])
+    assert jaccard[0].tolist() == pytest.approx([1, (1 + 1 / 3 + 0) / 3, 0])
+    assert jaccard[1, 2] == pytest.approx((0 + 1 / 3 + 1) / 3) and torch.equal(jaccard, jaccard.T)
+
+
+def test_gradient_conflict_equals_autograd_by_hand():
+    """Would catch: gradients of another block, expert or teacher, a batch that counts too much, projectors
+    of the wrong teacher, norms or router among the shared weights, experts of one teacher only in I_l."""
+    student, images = listening_student(), torch.rand(3, 3, 32, 32)
+    members = {"toy-clip": FakeTeacher(0), "toy-sam": FakeTeacher(1)}
+    picks = scoring.choose_experts(student, images, 2)
+    blocks = scoring.analyse(student, members, images, picks, batch_size=2)
+    losses = []
+    for name, teacher in members.items():
+        loss, targets = 0, teacher.features(images)
+        for level, x in enumerate(student.features(images, name)):
+            x = student.projectors[name][level](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            for a, b in zip(x, targets[level], strict=True):
+                cos = (a * b).sum() / a.norm() / b.norm()
+                loss = loss + (0.9 * (1 - cos) + 0.1 * F.smooth_l1_loss(a, b)) / len(images)
+        losses.append(loss)
+    for b, block in enumerate(student.blocks):
+        (numbers,) = blocks[b]["teachers"].values()
+        both = set(picks[b, 0].flatten().tolist()) & set(picks[b, 1].flatten().tolist())
+        jaccard = [len(p & q) / len(p | q) for p, q in zip(
+            *([set(k) for k in picks[b, t].flatten(0, 1).tolist()] for t in range(2)), strict=True)]
+        assert numbers["jaccard"] == pytest.approx(np.mean(jaccard)) and numbers["coactive"] == len(both) / 4
+
+        def cosine(pattern, expert=slice(None), block=block):
+            weights = [p for name, p in block.named_parameters() if re.match(pattern, name)]
+            x, y = (torch.cat([g[expert].flatten() for g in torch.autograd.grad(
+                loss, weights, retain_graph=True)]).double() for loss in losses)
+            return (x @ y / x.norm() / y.norm()).item()
+
+        assert numbers["cos_shared"] == pytest.approx(cosine(r"(attn|anchor|shared)\."), abs=1e-5)
+        each = {e: c for e, c in enumerate(numbers["cos_each"]) if c is not None}
+        assert each == pytest.approx({e: cosine(r"experts\.", e) for e in both}, abs=1e-5)
+        assert numbers["cos_experts"] == pytest.approx(np.mean(list(each.values())), abs=1e-5)
+        assert len(blocks[b]["tasks"]) == 15
+
+
+def test_conflict_without_coactive_experts_is_zero():
+    """Would catch: nan, or the cosine of experts that only one teacher uses."""
+    got = scoring.conflict(torch.eye(2), torch.ones(2, 3, 4), torch.tensor([[1, 0, 0], [0, 1, 0]]).bool())
+    assert got == {"cos_shared": 0, "cos_experts": 0, "cos_each": [None, None, None]}
+
+
+def test_fidelity_of_a_perfect_student():
+    """Would catch: a level or teacher compared with another, sums divided by batches instead of images,
+    a cosine over channels where the whole map is meant."""
+    student = listening_student()
+    members = {name: FakeTeacher(i, student) for i, name in enumerate(PLAINEST.teachers)}
+    perfect = scoring.fidelity(student, members, Scenes(), "cpu", 2)
+    assert all(row == pytest.approx({"cos_image": 1, "cos_patch": 1, "smooth_l1": 0, "length": 1}, abs=1e-5)
+               for rows in perfect.values() for row in rows)
+    members = {"toy-clip": FakeTeacher(0)}
+    row = scoring.fidelity(student, members, Scenes(), "cpu", 2)["toy-clip"][3]
+    images, ids = torch.stack([Scenes()[i]["image"] for i in range(5)]), torch.zeros(5, dtype=int)
+    x, y = student.distill(images, ids)["toy-clip"][3], FakeTeacher(0).features(images)[3]
+    cosines = [(a * b).sum() / a.norm() / b.norm() for a, b in zip(x, y, strict=True)]
+    assert row["cos_image"] == pytest.approx(torch.stack(cosines).mean().item(), abs=1e-5)
+    assert row["cos_patch"] == pytest.approx(F.cosine_similarity(x, y).mean().item(), abs=1e-5)
+    assert row["smooth_l1"] == pytest.approx(F.smooth_l1_loss(x, y).item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 80)])
+@pytest.mark.parametrize("changes", [{}, {"expert_ratio": 1.0, "moe_blocks": (1, 2, 4, 5), "depth": 7},
+                                     {"official": True, "top_k": 3, "tasks": {"semseg": 3}}])
+def test_multiply_adds_equal_the_counter(changes, size):
+    """Would catch: a prefix counted once per task, a first MoE block counted as context-dependent, heads or
+    attention at the wrong grid, a forgotten linear layer."""
+    cfg = replace(PLAINEST, **changes)
+    for dense, model in ((False, prism.Prism(cfg)), (True, scoring.DenseViT(cfg))):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+            model.eval().predict(torch.rand(1, 3, *size))
+        assert counter.get_total_flops() == 2 * sum(scoring.count_macs(cfg, size, dense).values())
+
+
+def test_features_in_anothers_components():
+    """Would catch: a student's map shown in components of its own, where any map looks as good."""
+    base = torch.randn(6, 5, 7)
+    same, share = teachers.pca_picture(base, base)
+    alone, own_share = teachers.pca_picture(base)
+    assert (same == alone).all() and share == own_share
+    flat = teachers.pca_picture(0.01 * base + base.mean((1, 2), keepdim=True), base)[0]
+    assert flat.reshape(-1, 3).std(0).max() < 5 < alone.reshape(-1, 3).std(0).min()
+
+
 # --------------------------------------------------------------------------------------- command line
 
 
@@ -3773,6 +3899,62 @@ def test_stage_1_checkpoint_gets_its_routing_and_says_so(folder, capsys, monkeyp
     assert (folder / "routing_stage1.png").stat().st_size > 1000
 
 
+def test_analysis_and_report_on_stage_1(folder, capsys, monkeypatch):
+    """Would catch: tables that results.json lacks, pictures that are cut or blank, a student probed in the
+    wrong context, a teacher whose grid is not the student's."""
+    monkeypatch.setattr(teachers, "load_teacher", lambda *source: FakeTeacher(0, grid=5))
+    for name in ("prism.pt", "deconstruct.pt"):
+        content = prism.read_checkpoint(folder / name)
+        toy = {"kind": "toy", "size": 64, "settings": "old"}
+        content["provenance"]["teachers"] = {"toy-clip": toy, "toy-sam": toy | {"settings": None}}
+        prism.write_checkpoint(folder / name, content)
+    for name, suffix in (("prism.pt", ""), ("deconstruct.pt", "_stage1")):
+        code, out, err = run(capsys, monkeypatch, folder, ckpt=folder / name, analysis=True)
+        assert code == 0 and err == "" and "toy-clip was raised by other code: settings None here" in out
+        results = json.loads((folder / f"results{suffix}.json").read_text())
+        assert results["analysis"]["images"] == 5
+        for block in results["analysis"]["blocks"]:
+            assert len(block["tasks"]) == (0 if suffix else 15)
+            (pair,) = block["teachers"].values()
+            assert set(pair) == {"coactive", "jaccard", "cos_shared", "cos_experts", "cos_each"}
+        contexts = 2 if suffix else 8
+        sizes = {"experts": (125 + 4 * 454, 240 + 110 * contexts), "imitation": (1241, 76 + 138 * 8)}
+        for picture in ("conflict", "experts", "imitation"):
+            with scoring.Image.open(folder / f"{picture}{suffix}.png") as drawn:
+                assert drawn.size == sizes.get(picture, drawn.size) and drawn.width >= 900
+                assert len(drawn.convert("RGB").getcolors(1 << 20)) > 20
+    assert list(results["probes"]) == ["untrained student", "student as toy-clip", "student as toy-sam",
+                                       "toy-clip", "toy-sam"]
+    assert [len(levels) for levels in results["imitation"].values()] == [4, 4]
+    assert "linear probes: fitted to the first 5 images of train, scored on the first 5 of 5" in out
+
+
+def test_teachers_that_cannot_be_loaded_are_left_out(folder, capsys, monkeypatch):
+    """Would catch: an analysis that fails where only its gradients need the teachers."""
+    code, out, _ = run(capsys, monkeypatch, folder, analysis=True)
+    assert code == 0 and "left out: the checkpoint does not record what toy-clip is" in out
+    pair = json.loads((folder / "results.json").read_text())["analysis"]["blocks"][0]["teachers"]
+    assert set(pair["toy-clip + toy-sam"]) == {"coactive", "jaccard"}
+    assert (folder / "experts.png").exists() and not (folder / "imitation.png").exists()
+
+
+def test_cost_beside_a_dense_vit(folder, capsys, monkeypatch):
+    """Would catch: projectors among the parameters, a stage 1 without heads to count, sides the patch does
+    not divide, files of the scores overwritten."""
+    for name in ("prism.pt", "deconstruct.pt"):
+        code, out, err = run(capsys, monkeypatch, folder, ckpt=folder / name, cost=True, image_size=(32, 48))
+        assert code == 0 and err == "" and "32 x 48 pixels" in out and "this machine's CPU" in out
+        assert f"{6 if name == 'prism.pt' else 5} tasks: semseg human_parts normals edge sal" in out
+    ours = json.loads((folder / "cost.json").read_text())["cost"]["PRISM"]
+    cfg = replace(PLAINEST, tasks={"semseg": 21, "human_parts": 7, "normals": 3, "edge": 1, "sal": 2})
+    assert ours["GMAC, total"] == pytest.approx(sum(scoring.count_macs(cfg, (32, 48)).values()) / 1e9)
+    alone = sum(p.numel() for name, p in prism.Prism(cfg).named_parameters() if "projectors" not in name)
+    assert ours["parameters, M"] == pytest.approx(alone / 1e6)
+    assert not (folder / "results.json").exists()
+    code, _, err = run(capsys, monkeypatch, folder, cost=True, size="small", image_size=(500,))
+    assert code == 1 and "image size 500 x 500 is not a multiple of the patch size 16" in err
+
+
 def test_user_errors_are_one_line_and_leave_files_alone(folder, capsys, monkeypatch):
     """Would catch: a traceback for a typing error, and results of an earlier run that a failed one
     overwrote in part."""
@@ -3786,6 +3968,7 @@ def test_user_errors_are_one_line_and_leave_files_alone(folder, capsys, monkeypa
         r"cannot score semseg; .*\(stage 1\)": {"ckpt": folder / "deconstruct.pt", "tasks": ("semseg",)},
         "device .tpux. is not known": {"device": "tpux"},
         "batch size 0": {"batch_size": 0},
+        "analysis-images 0": {"analysis_images": 0},
         "cannot write to .*plain_file.* choose another": {"out_dir": folder / "plain_file" / "out"},
         "is not an object of task: number": {"reference": folder / "broken.json"},
         "No such file": {"reference": folder / "none.json"},

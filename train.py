@@ -305,12 +305,18 @@ def map_loss(x: Tensor, y: Tensor) -> Tensor:
     """Sum the distance of maps x (B, C, h, w) from y (B, C, h', w') over images."""
     if not len(x):
         return x.sum()  # no image of this teacher here: zero, but in the graph for DDP
-    if x.shape[-2:] != y.shape[-2:]:
-        size = tuple(max(a, b) for a, b in zip(x.shape[-2:], y.shape[-2:], strict=True))
-        x, y = (F.interpolate(m, size=size, mode="bilinear", align_corners=False) for m in (x, y))
+    x, y = same_grid(x, y)
     cos = F.cosine_similarity(x.flatten(1), y.flatten(1), dim=1)  # (B,)
     smooth = F.smooth_l1_loss(x, y, reduction="none").mean((1, 2, 3))  # (B,)
     return (0.9 * (1 - cos) + 0.1 * smooth).sum()
+
+
+def same_grid(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Upsample the smaller of two maps (B, C, h, w) and (B, C, h', w') to the other's grid, bilinearly."""
+    if x.shape[-2:] == y.shape[-2:]:
+        return x, y
+    size = tuple(max(a, b) for a, b in zip(x.shape[-2:], y.shape[-2:], strict=True))
+    return tuple(F.interpolate(m, size=size, mode="bilinear", align_corners=False) for m in (x, y))
 
 
 def decorr_term(levels: list[Tensor], epsilon: float = 0.0) -> Tensor:
