@@ -301,16 +301,30 @@ class DualStreamBlock(nn.Module):
 # ------------------------------------------------------------------------------- heads and projectors
 
 
+class _SumOverRanks(torch.autograd.Function):
+    """Sum a statistic over processes; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad
+
+
 class BatchNorm(nn.BatchNorm2d):
     """Batch norm over all ranks, on CPU too, so that N processes equal one."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(x)
-        from torch.distributed.nn.functional import all_reduce
-
         x, dtype, count = x.float(), x.dtype, x.numel() // x.shape[1] * dist.get_world_size()
-        sums = all_reduce(torch.stack([x.sum((0, 2, 3)), (x * x).sum((0, 2, 3))]))  # (2, C)
+        sums = _SumOverRanks.apply(torch.stack([x.sum((0, 2, 3)), (x * x).sum((0, 2, 3))]))  # (2, C)
         mean = sums[0] / count
         var = sums[1] / count - mean * mean
         with torch.no_grad():

@@ -19,6 +19,7 @@ import re
 import resource
 import subprocess
 import time
+import warnings
 
 # Before torch: threads that spin at barriers starve beside other busy processes (a toy step of 0.3 s took
 # 11 s, measured once); threads that sleep cost up to 1.4 times on an idle machine.
@@ -649,7 +650,7 @@ def fit(args: Args, rt: Runtime, run: Run, taught: teachers.Teachers) -> None:
     B, parts = stage.batch_size // rt.world_size, args.accumulate
     if compiles(args, rt):
         student.trunk = torch.compile(student.trunk)
-    model = DistributedDataParallel(student, broadcast_buffers=False) if rt.world_size > 1 else student
+    model = distribute(student) if rt.world_size > 1 else student
     model.train()
     log = Log(args.out_dir / "log.jsonl", rt, name, stage.steps, start, args.log_every)
     workers = args.workers
@@ -682,6 +683,13 @@ def fit(args: Args, rt: Runtime, run: Run, taught: teachers.Teachers) -> None:
             log.flush(done, stage.batch_size, lr_at(step, stage), dataset.unreadable.total())
         if saves and rt.rank == 0:
             save_checkpoint(args, run, done)
+
+
+def distribute(student: nn.Module) -> nn.Module:
+    """Average gradients over processes; buffers are equal on all of them without being sent."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames the argument, 2.11 has no other
+        return DistributedDataParallel(student, broadcast_buffers=False)
 
 
 def seed_of(*numbers: int) -> int:
