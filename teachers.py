@@ -523,9 +523,10 @@ def read_source(source: str, sha256: str | None = None) -> Weights:
     if source in TOYS:
         raise ValueError(f"{source} is raised, not read from a file; name other weights")
     path, repo = Path(source).expanduser(), None
+    origin = str(path.resolve())
     if source in SOURCES or not path.exists():
-        repo = SOURCES[source].repo if source in SOURCES else source
-        repo, revision = REPO.fullmatch(repo).groups()
+        origin = SOURCES[source].repo if source in SOURCES else source
+        repo, revision = REPO.fullmatch(origin).groups()
         path = fetch_repo(repo, revision or "main", sha256)
     if path.is_dir():
         there = [path / name for name in WEIGHTS if (path / name).is_file()]
@@ -539,7 +540,7 @@ def read_source(source: str, sha256: str | None = None) -> Weights:
     if expected and expected.lower() != digest:
         raise ValueError(f"{path} has sha256 {digest} instead of {expected}; delete it and fetch it again")
     known = {s.repo: s.licence for s in SOURCES.values()}
-    provenance = {"source": repo or Path(source).name, "commit": record.get("commit"), "file": path.name,
+    provenance = {"source": origin, "commit": record.get("commit"), "file": path.name,
                   "sha256": digest, "licence": known.get(repo, "not stated")}
     return Weights(read_tensors(path), read_hints(path.parent), provenance, path)
 

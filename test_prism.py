@@ -1372,6 +1372,7 @@ def test_any_mix_of_teachers_trains_and_is_recorded(small_world, tmp_path, toy_c
     for name, folder in (("laion", clip), ("sam", sam)):
         digest = hashlib.sha256((Path(folder) / "model.safetensors").read_bytes()).hexdigest()
         assert said[name]["sha256"] == digest and said[name]["licence"] == "not stated"
+        assert said[name]["source"] == folder, "eval.py --analysis finds it there"
     assert said["sam"]["approximation"] == "longest side 12 px instead of 20" and said["sam"]["size"] == 12
     assert said["laion"]["mean"] == [0.48145466, 0.4578275, 0.40821073]
     with pytest.raises(ValueError, match="cannot resume.*teachers"):

@@ -551,7 +551,8 @@ def schedule_of(args: Args, stage: Stage, taught: teachers.Teachers) -> dict:
     """List what may not change between a checkpoint and the run that resumes it."""
     return {"data": args.data, "batch size": stage.batch_size, "lr": stage.lr,
             "weight decay": stage.weight_decay, "distill weight": args.distill_weight,
-            "teachers": {name: teachers.describe(p) for name, p in taught.provenance.items()}}
+            "teachers": {name: [p.get(k) for k in ("sha256", "settings", "size")]
+                         for name, p in taught.provenance.items()}}
 
 
 def initial_weights(args: Args, name: str, student: prism.Prism) -> tuple[str, str]:
@@ -565,7 +566,8 @@ def initial_weights(args: Args, name: str, student: prism.Prism) -> tuple[str, s
         weights = teachers.read_source(source)
         report = prism.start_from_vit(student, weights.tensors, weights.path)
         student.expect(*(weights.hints.get(k, teachers.HALF[k]) for k in ("mean", "std")))
-        return f"{weights.provenance['source']} {weights.provenance['sha256'][:12]}", f"{source}: {report}"
+        origin, digest = Path(weights.provenance["source"]).name, weights.provenance["sha256"][:12]
+        return f"{origin} {digest}", f"{source}: {report}"
     path = Path(source)
     stored = prism.read_checkpoint(path)
     cfg, state = prism.config_from(stored["config"], path), stored["model"]
