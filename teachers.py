@@ -319,7 +319,7 @@ LAYOUTS = [
            r"(norm|head)\.|mask_token$", DINO_FLAGS),
     Layout("ViT (timm)", "blocks.0.attn.qkv.weight", "blocks.#", VIT, r"(norm|head)\.", HALF),
 ]
-HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 24}  # by width, where no config.json tells
+HEADS = {1152: 16, 1280: 0, 1408: 0, 1664: 0}  # by width, where it is not / 64; 0: families differ
 
 
 class Weights(NamedTuple):
@@ -424,7 +424,8 @@ def read_encoder(weights: Weights) -> tuple[Encoder, str]:
         sides = [(len(x) + 1) // 2 for x in offsets]
         flags |= {"window": min(sides), "global_blocks": tuple(
             i for i, side in enumerate(sides) if side == table.shape[2])}
-    heads = flags.pop("heads", None) or (dim // offsets[0].shape[1] if offsets else HEADS.get(dim))
+    heads = flags.pop("heads", None) or (
+        dim // offsets[0].shape[1] if offsets else HEADS.get(dim, 0 if dim % 64 else dim // 64))
     if not heads or dim % heads:
         file.fail_on(f"{heads or 'an unknown number of'} heads do not divide the width {dim}: a config.json "
                      "beside the file must give num_attention_heads")

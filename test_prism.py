@@ -1254,6 +1254,19 @@ def test_activation_and_heads_come_from_the_config(tmp_path, monkeypatch):
         assert activation("none", {}) == "quick_gelu"
 
 
+@pytest.mark.parametrize("width, heads", [(192, 3), (384, 6), (768, 12), (1152, 16), (1280, None)])
+def test_heads_without_a_config(width, heads, tmp_path):
+    """A bare file of the original repositories refused, or its heads guessed where families differ."""
+    state = {key: torch.zeros([{16: width, 48: 3 * width}.get(side, side) for side in value.shape])
+             for key, value in tiny_file("vit").items()}
+    save_file(state, tmp_path / "vit.safetensors")
+    if heads is None:
+        with pytest.raises(ValueError, match="an unknown number of heads"):
+            teachers.load_teacher(str(tmp_path / "vit.safetensors"))
+    else:
+        assert teachers.load_teacher(str(tmp_path / "vit.safetensors")).encoder.cfg.heads == heads
+
+
 def test_normalisation_comes_from_the_files(tmp_path):
     """A teacher fed another family's mean and std; timm's large CLIP with OpenAI's."""
     clip = {"model_cfg": {}, "preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "std": [1, 2, 3]}}

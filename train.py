@@ -74,7 +74,7 @@ class Args:
     compile: bool | None = None  # torch.compile student and teachers (default: on cuda)
     workers: int | None = None  # loader processes per training process (default: on cuda all cores' share)
     log_every: int = 20  # steps between log lines
-    save_every: int = 100  # steps between checkpoints
+    save_every: int | None = None  # steps between checkpoints (default: 100, or 1 % of the stage if more)
     debug: bool = False  # full traceback on errors
 
 
@@ -679,7 +679,7 @@ def fit(args: Args, rt: Runtime, run: Run, taught: teachers.Teachers) -> None:
         means = {k: sum(v[k].float().mean() for v in values) / parts for k in values[0]}
         log.add({**means, "grad_norm": norm})
         done = step + 1
-        saves = done % args.save_every == 0 or done == stage.steps
+        saves = done % (args.save_every or max(100, stage.steps // 100)) == 0 or done == stage.steps
         if saves or done % args.log_every == 0:
             # raises before bad weights are saved
             log.flush(done, stage.batch_size, lr_at(step, stage), dataset.unreadable.total())
