@@ -1,5 +1,5 @@
 """What is proven, on CPU, without network: the dispatch, the student, the losses, training and resume, the
-world and its files, transforms, the loader, toy teachers, metrics, command lines.
+world and its files, transforms, the loader, toy and real teachers, downloads, metrics, command lines.
 
 Wherever it is possible a number is reached in two independent ways. A docstring names the bug that its
 test would catch.

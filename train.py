@@ -89,7 +89,7 @@ class Stage(NamedTuple):
     batch_size: int  # images per step, over all processes
     lr: float  # peak
     lr_batch: int  # the lr is for as many images per step; with fewer it shrinks in proportion
-    lr_pretrained: float  # factor for what --init brought along, where it is a plain ViT
+    lr_pretrained: float  # factor of the lr for what initial weights brought along
     weight_decay: float  # AdamW, matrices only
     warmup: float  # share of the steps, linear from 1e-7
     decay: Literal["cosine", "poly"]  # cosine to 1e-6, or (1 - step/steps)^0.9
@@ -233,7 +233,7 @@ NEW = re.compile(r"blocks\.\d+\.(gate|shared|router|experts)\.|teacher_embed|tas
 def build_optimizer(student: nn.Module, stage: Stage, pretrained: bool) -> torch.optim.AdamW:
     """Make AdamW with decay on matrices alone; stacked biases (E, hidden) and embeddings are no matrices.
 
-    pretrained: all but NEW came with --init and learns at stage.lr_pretrained times the rate.
+    pretrained: all but NEW came with initial weights and learns at stage.lr_pretrained times the rate.
     """
     groups = {}
     for name, p in student.named_parameters():
@@ -616,7 +616,8 @@ def git_revision() -> str:
 
 def print_derived(args: Args, rt: Runtime, run: Run, report: str) -> None:
     """Print every number that follows from the arguments."""
-    stage, images, rates = run.stage, len(run.dataset), {g["factor"] for g in run.optimizer.param_groups}
+    stage, images = run.stage, len(run.dataset)
+    rates = sorted({stage.lr * group["factor"] for group in run.optimizer.param_groups}, reverse=True)
     total, active = (n / 1e6 for n in prism.count_parameters(run.student))
     part = stage.batch_size // rt.world_size // args.accumulate
     print(f"\n{run.name}: {stage.steps} steps x {stage.batch_size} images of {images} = {stage.epochs:.1f} "
@@ -624,7 +625,7 @@ def print_derived(args: Args, rt: Runtime, run: Run, report: str) -> None:
           f"{args.accumulate} passes x {part} images")
     print(f"  student {args.size}: {total:.2f} M parameters, all trainable, {active:.2f} M active per token; "
           f"contexts {' '.join(run.student.contexts)}")
-    print(f"  {rt.device}, {rt.amp or torch.float32}, lr {' and '.join(f'{stage.lr * r:g}' for r in rates)} "
+    print(f"  {rt.device}, {rt.amp or torch.float32}, lr {' and '.join(f'{rate:g}' for rate in rates)} "
           f"{stage.decay} after {round(stage.warmup * stage.steps)} steps of warm-up, weight decay "
           f"{stage.weight_decay:g}, clip {stage.clip:g}, seed {args.seed}; {report}", flush=True)
 
