@@ -1086,6 +1086,8 @@ class Samples(Dataset):
     for: if `train`, a random view that depends on (seed, step, slot) alone; else as dataset[i].
     """
 
+    boundary_protocol = "sak"  # of boundary scores: a key of eval.py's THRESHOLDS
+
     def __init__(
         self, ids: list[str],
         size: int | tuple[int, int],  # of what networks see, pixels
@@ -1147,7 +1149,6 @@ class LabelFolder(Samples):
     default_size = (512, 512)  # that networks see, pixels
     classes: dict[str, Sequence[str]]
     max_dist: float  # tolerance of boundary scores, share of the image diagonal
-    boundary_protocol = "sak"  # of boundary scores: a key of eval.py's THRESHOLDS
 
     def __init__(self, root: str | Path, split: str, size: int | tuple[int, int] | None = None,
                  train: bool | None = None, seed: int = 0, **options):

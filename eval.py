@@ -1790,8 +1790,11 @@ def main(args: Args) -> None:
     source = args.data or stored.get("provenance", {}).get("data")
     if source is None:
         raise ValueError(f"{args.ckpt} does not say what it was trained on; name it with --data")
-    dataset = data.open_data(source, args.split)
-    tasks = choose_tasks(args.tasks, stored["config"]["tasks"], dataset)
+    cfg, options = prism.config_from(stored["config"], args.ckpt), {}
+    if source.partition(":")[0] in data.UNLABELLED:  # images of all sizes are cut to the student's
+        options["size"] = tuple(n * cfg.patch for n in cfg.grid)
+    dataset = data.open_data(source, args.split, **options)
+    tasks = choose_tasks(args.tasks, cfg.tasks, dataset)
     reference = read_reference(args.reference, tasks)
     out_dir = args.out_dir or args.ckpt.parent
     for folder in (out_dir, args.save_predictions or out_dir):

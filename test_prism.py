@@ -461,7 +461,7 @@ class FakeTeachers:
 
     def __init__(self, names, device, compile=False, sam_size=None):
         self.widths = dict.fromkeys(names, 8)
-        self.provenance = {name: {"kind": "fake"} for name in names}
+        self.provenance = {name: {"kind": "fake", "source": "nowhere", "size": 32} for name in names}
         self.generators = {name: i for i, name in enumerate(names)}
 
     def targets(self, images, teacher_ids):
@@ -1899,13 +1899,18 @@ def pascal(tmp_path, monkeypatch):
     return root
 
 
-def test_pascal_trains_both_stages(pascal, tmp_path, tiny):
-    """A recipe that cannot start on the real format; teachers or students that want square images."""
+def test_pascal_trains_both_stages_and_is_scored(pascal, tmp_path, tiny, capsys):
+    """A recipe that cannot start on the real format; teachers or students that want square images; a
+    score by the world's protocol, or without the published rows beside it."""
     stored = tiny_run(pascal, tmp_path / "out", data=f"pascal:{pascal}", steps=2, image_size=(32, 48),
                       save_every=1)
     assert stored["config"]["tasks"] == {"semseg": 21, "human_parts": 7, "normals": 3, "edge": 1, "sal": 2}
     assert stored["config"]["grid"] == (4, 6) and stored["step"] == 2
     assert stored["provenance"]["data"] == f"pascal:{pascal}"
+    scoring.main(scoring.Args(ckpt=tmp_path / "out" / "prism.pt", device="cpu"))
+    found, said = json.loads((tmp_path / "out" / "results.json").read_text()), capsys.readouterr().out
+    assert set(found["protocol"].values()) == {"sak"} and found["images"] == 2
+    assert "published on pascal, protocol sak" in said and "this checkpoint, width 24" in said
 
 
 # --------------------------------------------------------------------------------------------------- files
@@ -2934,6 +2939,19 @@ def test_raising_worker_is_restarted_five_times(photos, tmp_path, capsys):
         list(data.batches(dataset, 4, 5, workers=1))
     with pytest.raises(KeyError):
         list(data.batches(dataset, 4, 5))
+
+
+def test_students_of_images_without_labels_are_reported(photos, tmp_path, tiny, capsys):
+    """A report that asks such data for a task, a protocol or a split of probes."""
+    spec = f"images:{photos}"
+    tiny_run(None, tmp_path, stage="deconstruct", data=spec, steps=1, image_size=(32, 40))
+    ckpt = tmp_path / "deconstruct.pt"
+    scoring.main(scoring.Args(ckpt=ckpt, device="cpu", analysis=True))
+    found = json.loads((tmp_path / "results_stage1.json").read_text())
+    assert found["images"] == len(data.open_data(spec, "val")) and found["metrics"] == found["probes"] == {}
+    assert len(found["analysis"]["blocks"]) == 4 and "has no labels" in capsys.readouterr().out
+    with Image.open(tmp_path / "experts_stage1.png") as drawn:
+        assert drawn.width > 400
 
 
 def test_specs_of_unlabelled_images(photos, tmp_path):
