@@ -36,13 +36,11 @@ import math
 import os
 import sys
 import tempfile
-import time
 import zlib
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: see train.py
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -1211,13 +1209,14 @@ def count_macs(cfg: prism.PrismConfig, size: tuple[int, int], dense: bool = Fals
     What lies before the first router runs once, the rest once per task; dense: a `DenseViT`.
     """
     D, T, blocks = cfg.dim, len(cfg.tasks), range(cfg.depth)
-    patches = size[0] // cfg.patch * (size[1] // cfg.patch)
+    h, w = size[0] // cfg.patch, size[1] // cfg.patch
+    patches, tall, broad = h * w, size[0] // 4, size[1] // 4
     N, moe = 1 + patches, () if dense else cfg.moe_blocks
     passes = [1 if dense or i <= cfg.moe_blocks[0] else T for i in blocks]
     inside = sum(passes[i] for i in moe)  # passes of gates and shared experts
     wide, narrow = (2 * N * D * int(D * r) for r in (cfg.mlp_ratio, cfg.expert_ratio))
     router = 2 * D * D + N * D * cfg.experts + (N * D * D if cfg.official else 0)
-    quarter = size[0] // 4 * (size[1] // 4)
+    fuse = 9 * patches * D * D + 9 * tall * patches * D + 3 * tall * broad * w * D  # taps, rows, columns
     return {
         "patch embedding": patches * 3 * cfg.patch**2 * D,
         "attention": sum(passes) * (4 * N * D * D + 2 * N * N * D),
@@ -1225,23 +1224,25 @@ def count_macs(cfg: prism.PrismConfig, size: tuple[int, int], dense: bool = Fals
         "gates, routers": inside * N * D + len(moe) * T * router,
         "shared experts": inside * narrow,
         "routed experts": len(moe) * T * cfg.top_k * narrow,
-        "heads": sum(patches * D * D + quarter * (9 * D * D + D * C) for C in cfg.tasks.values()),
+        "heads": sum(patches * D * D + fuse + tall * broad * D * C for C in cfg.tasks.values()),
     }
 
 
+def heads_as_convolutions(cfg: prism.PrismConfig, size: tuple[int, int]) -> int:
+    """Count the heads' multiply-adds as published counts do: convolving at a quarter of the pixels."""
+    D, patches = cfg.dim, size[0] // cfg.patch * (size[1] // cfg.patch)
+    quarter = size[0] // 4 * (size[1] // 4)
+    return sum(patches * D * D + quarter * (9 * D * D + D * C) for C in cfg.tasks.values())
+
+
 @torch.inference_mode()
-def time_models(models: dict[str, nn.Module], images: Tensor, repeats: int = 3) -> dict[str, float]:
-    """Return the median ms of `predict` on the images, models interleaved; bfloat16 on a GPU."""
-    times, gpu = {name: [] for name in models}, images.is_cuda
-    for _ in range(repeats + 1):  # the first one warms up
-        for name, model in models.items():
-            start = time.perf_counter()
-            with torch.autocast("cuda", torch.bfloat16) if gpu else nullcontext():
-                model.predict(images)
-            if gpu:
-                torch.cuda.synchronize()
-            times[name].append(1000 * (time.perf_counter() - start))
-    return {name: float(np.median(ms[1:])) for name, ms in times.items()}
+def time_predictions(models: dict[str, nn.Module], images: Tensor, repeats: int = 3) -> dict[str, float]:
+    """Return the median ms of `predict` on the images, and of a pass per task; bfloat16 on a GPU."""
+    runs = {name: partial(model.predict, images) for name, model in models.items()}
+    for name, model in models.items():
+        runs[f"{name}, task by task"] = lambda m=model: [m.predict(images, [task]) for task in m.cfg.tasks]
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
+        return prism.time_interleaved(runs, images.device, repeats)
 
 
 def report_cost(args: "Args", device) -> None:
@@ -1263,13 +1264,19 @@ def report_cost(args: "Args", device) -> None:
     models = {name: model.to(device).eval() for name, model in models.items()}
     macs = {"PRISM": count_macs(cfg, size), "dense ViT": count_macs(cfg, size, dense=True)}
     count, result = 8 if device.type == "cuda" else 1, {}
-    one = time_models(models, torch.rand(1, 3, *size, device=device))
-    many = one if count == 1 else time_models(models, torch.rand(count, 3, *size, device=device))
+    if args.compile:
+        for model in models.values():
+            model.compile_parts()
+    one = time_predictions(models, torch.rand(1, 3, *size, device=device))
+    many = one if count == 1 else time_predictions(models, torch.rand(count, 3, *size, device=device))
     for name, model in models.items():
         total, active = prism.count_parameters(model)
         result[name] = {"parameters, M": total / 1e6, "active per token, M": active / 1e6}
         result[name] |= {f"GMAC, {part}": n / 1e9 for part, n in macs[name].items()}
-        result[name] |= {"GMAC, total": sum(macs[name].values()) / 1e9, "ms, batch 1": one[name],
+        published = sum(macs[name].values()) - macs[name]["heads"] + heads_as_convolutions(cfg, size)
+        result[name] |= {"GMAC, total": sum(macs[name].values()) / 1e9,
+                         "GMAC, heads as convolutions": published / 1e9, "ms, batch 1": one[name],
+                         "ms, batch 1, task by task": one[f"{name}, task by task"],
                          f"images/s, batch {count}": 1000 * count / many[name]}
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else (
         f"this machine's CPU, {torch.get_num_threads()} threads")
@@ -1619,6 +1626,7 @@ class Args:
     cost: bool = False  # instead: parameters, multiply-adds and latency, beside a dense ViT
     size: Literal["toy", "small", "base", "large"] | None = None  # --cost without a checkpoint
     image_size: tuple[int, ...] | None = None  # of --cost: side, or height and width, pixels
+    compile: bool = False  # of --cost: torch.compile blocks and heads
     debug: bool = False  # full traceback on errors
 
 

@@ -20,18 +20,20 @@ import math
 import os
 import pickle
 import re
+import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 # ---------------------------------------------------------------------------------------------- config
 
@@ -167,6 +169,108 @@ class Router(nn.Module):
 # -------------------------------------------------------------------------------------------- experts
 
 
+# Rows lie sorted by expert, ends (E,) int32 tells where each expert's run ends. Two operators for such
+# rows, opaque to the compiler: the first reads `ends` on the host, the second never.
+
+
+@torch.library.custom_op("prism::expert_mlps", mutates_args=())
+def expert_mlps(rows: Tensor, ends: Tensor, w1: Tensor, b1: Tensor, w2: Tensor,
+                b2: Tensor) -> tuple[Tensor, Tensor]:
+    """Run each expert's MLP on its rows (S, D); returns (S, D) and what the GELU was given (S, hidden)."""
+    y, z = torch.empty_like(rows), rows.new_empty(len(rows), w1.shape[1])
+    for e, own in enumerate(_runs(ends)):
+        torch.addmm(b1[e], rows[own], w1[e].t(), out=z[own])
+        torch.addmm(b2[e], F.gelu(z[own]), w2[e].t(), out=y[own])
+    return y, z
+
+
+@torch.library.custom_op("prism::expert_mlps_backward", mutates_args=())
+def expert_mlps_backward(grad: Tensor, rows: Tensor, z: Tensor, ends: Tensor, w1: Tensor,
+                         w2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of rows, w1, b1, w2, b2; an expert without rows gets zeros."""
+    d_rows, d_w1, d_w2 = torch.empty_like(rows), torch.empty_like(w1), torch.empty_like(w2)
+    d_b1, d_b2 = w1.new_empty(w1.shape[:2]), w2.new_empty(w2.shape[:2])
+    for e, own in enumerate(_runs(ends)):
+        d_hidden = grad[own] @ w2[e]
+        d_z = torch.ops.aten.gelu_backward(d_hidden, z[own])
+        torch.mm(grad[own].t(), F.gelu(z[own]), out=d_w2[e])
+        torch.mm(d_z.t(), rows[own], out=d_w1[e])
+        torch.mm(d_z, w1[e], out=d_rows[own])
+        torch.sum(grad[own], 0, out=d_b2[e])
+        torch.sum(d_z, 0, out=d_b1[e])
+    return d_rows, d_w1, d_b1, d_w2, d_b2
+
+
+@torch.library.custom_op("prism::grouped_linear", mutates_args=())
+def grouped_linear(rows: Tensor, w: Tensor, ends: Tensor) -> Tensor:
+    """Multiply rows (S, I) of expert e by w[e] (E, O, I) transposed: (S, O), in one kernel on a GPU."""
+    return F.grouped_mm(rows.contiguous(), w.transpose(-2, -1), offs=ends)
+
+
+@torch.library.custom_op("prism::grouped_linear_backward", mutates_args=())
+def grouped_linear_backward(grad: Tensor, rows: Tensor, w: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of rows and w."""
+    grad = grad.contiguous()  # the compiler may choose strides that the kernel refuses
+    d_w = F.grouped_mm(grad.t(), rows.contiguous(), offs=ends)  # (E, O, I)
+    return F.grouped_mm(grad, w, offs=ends), d_w
+
+
+def _runs(ends: Tensor) -> Iterator[slice]:
+    start = 0
+    for end in ends.tolist():
+        yield slice(start, end)
+        start = end
+
+
+def _keep_for_mlps(ctx, inputs, output) -> None:
+    rows, ends, w1, _, w2, _ = inputs
+    ctx.save_for_backward(rows, output[1], ends, w1, w2)
+    ctx.set_materialize_grads(False)  # nobody differentiates what the GELU was given
+
+
+def _mlps_gradients(ctx, grad: Tensor, _):
+    d_rows, *d_weights = expert_mlps_backward(grad.contiguous(), *ctx.saved_tensors)
+    return d_rows, None, *d_weights
+
+
+def _keep_for_linear(ctx, inputs, output) -> None:
+    rows, w, ends = inputs
+    ctx.save_for_backward(rows, w, ends)
+
+
+expert_mlps.register_fake(lambda rows, ends, w1, b1, w2, b2: (
+    torch.empty_like(rows), rows.new_empty(len(rows), w1.shape[1])))
+expert_mlps_backward.register_fake(lambda grad, rows, z, ends, w1, w2: (
+    torch.empty_like(rows), torch.empty_like(w1), w1.new_empty(w1.shape[:2]), torch.empty_like(w2),
+    w2.new_empty(w2.shape[:2])))
+expert_mlps.register_autograd(_mlps_gradients, setup_context=_keep_for_mlps)
+grouped_linear.register_fake(lambda rows, w, ends: rows.new_empty(len(rows), w.shape[1]))
+grouped_linear_backward.register_fake(lambda grad, rows, w, ends: (
+    torch.empty_like(rows), torch.empty_like(w)))
+grouped_linear.register_autograd(lambda ctx, grad: (*grouped_linear_backward(grad, *ctx.saved_tensors), None),
+                                 setup_context=_keep_for_linear)
+
+
+@register_flop_formula(torch.ops.prism.expert_mlps)
+def _mlps_flops(rows, ends, w1, *_, **__) -> int:
+    return 4 * rows[0] * w1[1] * w1[2]
+
+
+@register_flop_formula(torch.ops.prism.expert_mlps_backward)
+def _mlps_backward_flops(grad, rows, z, ends, w1, *_, **__) -> int:
+    return 8 * rows[0] * w1[1] * w1[2]
+
+
+@register_flop_formula(torch.ops.prism.grouped_linear)
+def _linear_flops(rows, w, *_, **__) -> int:
+    return 2 * rows[0] * w[1] * w[2]
+
+
+@register_flop_formula(torch.ops.prism.grouped_linear_backward)
+def _linear_backward_flops(grad, rows, w, *_, **__) -> int:
+    return 4 * rows[0] * w[1] * w[2]
+
+
 class _Reorder(torch.autograd.Function):
     """Take rows x[index]; `back` undoes it, so that the backward is a gather too, free of atomics.
 
@@ -231,30 +335,25 @@ class Experts(nn.Module):
         ids = torch.arange(len(self.w1), device=x.device, dtype=torch.uint8)
         ends = torch.searchsorted(expert, ids, right=True, out_int32=True)  # (E,)
 
-        rows = _Reorder.apply(x, order // K, back, K)  # (T*K, D), scattered
+        dtype = _matmul_dtype(x)
+        rows = _Reorder.apply(x.to(dtype), order // K, back, K)  # (T*K, D), scattered
         if self.official:
-            rows = rows * topk_w.reshape(-1, 1)[order].to(rows.dtype)
-        if x.is_cuda and _matmul_dtype(x) == torch.bfloat16:
-            rows = self._grouped(rows.bfloat16(), ends, F.one_hot(expert.long(), len(ids)).bfloat16())
+            rows = rows * topk_w.reshape(-1, 1)[order].to(dtype)
+        weights = (p.to(dtype) for p in (self.w1, self.b1, self.w2, self.b2))
+        if x.is_cuda and dtype == torch.bfloat16:
+            rows = self._grouped(rows, ends, F.one_hot(expert.long(), len(ids)).to(dtype), *weights)
         else:
-            rows = self._split(rows, ends)
+            rows = expert_mlps(rows, ends, *weights)[0]
         y = _Reorder.apply(rows, back, order, 1).view(T, K, -1)  # (T, K, D), gathered
         return (y * topk_w.unsqueeze(-1)).sum(1).to(x.dtype)
 
-    def _split(self, rows: Tensor, ends: Tensor) -> Tensor:
-        sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
-        weights = zip(*(p.unbind(0) for p in (self.w1, self.b1, self.w2, self.b2)), strict=True)
-        return torch.cat([
-            F.linear(F.gelu(F.linear(r, w1, b1)), w2, b2)
-            for r, (w1, b1, w2, b2) in zip(rows.split(sizes), weights, strict=True)
-        ])  # (T*K, D)
-
-    def _grouped(self, rows: Tensor, ends: Tensor, one_hot: Tensor) -> Tensor:
-        """The same in two kernels whose group sizes never leave the GPU. Biases by a product with the
-        one-hot experts (T*K, E): in bf16 the backward of b[expert] loses 5 % of the gradient."""
-        w1, w2 = (w.to(rows.dtype).transpose(-2, -1) for w in (self.w1, self.w2))
-        hidden = F.gelu(F.grouped_mm(rows, w1, offs=ends) + one_hot @ self.b1.to(rows.dtype))  # (T*K, hidden)
-        return F.grouped_mm(hidden, w2, offs=ends) + one_hot @ self.b2.to(rows.dtype)  # (T*K, D)
+    @staticmethod
+    def _grouped(rows: Tensor, ends: Tensor, one_hot: Tensor, w1: Tensor, b1: Tensor, w2: Tensor,
+                 b2: Tensor) -> Tensor:
+        """Keep group sizes on the GPU. Biases by a product with the one-hot experts (T*K, E): in bf16 the
+        backward of b[expert] loses 5 % of the gradient."""
+        hidden = F.gelu(grouped_linear(rows, w1, ends) + one_hot @ b1)  # (T*K, hidden)
+        return grouped_linear(hidden, w2, ends) + one_hot @ b2  # (T*K, D)
 
 
 def _matmul_dtype(x: Tensor) -> torch.dtype:
@@ -287,7 +386,10 @@ class DualStreamBlock(nn.Module):
         Where contexts share their tokens (the first such block), attention, gate, anchor and shared
         expert run on B rows, and only router and experts on R.
         """
-        x = x + self.attn(self.norm1(x))
+        return self.streams(x + self.attn(self.norm1(x)), context)
+
+    def streams(self, x: Tensor, context: Tensor) -> tuple[Tensor, Route]:
+        """Add anchor and experts to x: the block without its attention."""
         u = self.norm2(x)  # (B, N, D), the one input of gate, anchor, router and experts
         lam = self.gate_min + (1 - self.gate_min) * torch.sigmoid(self.gate(u))  # (B, N, 1)
         x = x + lam * self.anchor(u) + (1 - lam) * self.shared(u)
@@ -344,16 +446,62 @@ class Head(nn.Module):
         self.fuse = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1), BatchNorm(dim), nn.GELU())
         self.last = nn.Conv2d(dim, channels, 1)
 
-    def forward(self, levels: list[Tensor], size: tuple[int, int]) -> Tensor:
-        """Map 4 levels (B, D, h, w) to (B, channels, H, W), size = (H, W) in pixels."""
+    def plain(self, levels: list[Tensor], size: tuple[int, int]) -> Tensor:
+        """Define the head: enlarge to a quarter of the pixels, convolve, classify, enlarge.
+
+        Maps 4 levels (B, D, h, w) to (B, channels, H, W), size = (H, W) in pixels.
+        """
         quarter = (size[0] // 4, size[1] // 4)
-        maps = [
-            F.interpolate(rearrange(linear(rearrange(level, "b d h w -> b h w d")), "b h w d -> b d h w"),
-                          size=quarter, mode="bilinear", align_corners=False)
-            for linear, level in zip(self.linears, levels, strict=True)
-        ]
-        x = self.last(self.fuse(torch.cat(maps, 1)))  # (B, channels, H / 4, W / 4)
-        return F.interpolate(x.float(), size=size, mode="bilinear", align_corners=False)
+        tokens = rearrange(self.gather(levels), "b h w d -> b d h w")
+        x = F.interpolate(tokens, size=quarter, mode="bilinear", align_corners=False)
+        return self.finish(self.fuse(x), size)
+
+    def forward(self, levels: list[Tensor], size: tuple[int, int]) -> Tensor:
+        """Compute `plain` with a tenth of its multiply-adds, in training too.
+
+        Enlarging and convolving are both linear, and the few patches are all that there is to know. So
+        each of the 3 x 3 taps is applied to patches, where it costs 1/16 (patch 16) of what it costs at a
+        quarter of the pixels; then all taps are enlarged, shifted and added by two matrix products.
+        """
+        conv, norm, gelu = self.fuse
+        weight, bias = conv.weight, conv.bias
+        if not self.training:  # batch norm is a constant scale and shift per channel
+            scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+            weight, bias = weight * scale.view(-1, 1, 1, 1), (bias - norm.running_mean) * scale + norm.bias
+        taps = rearrange(weight, "out d i j -> i (j out) d")  # (3, 3 D, D), one matrix per row of taps
+        tokens = self.gather(levels)  # (B, h, w, D)
+        B, h, w, D = tokens.shape
+        tall, wide = size[0] // 4, size[1] // 4
+        rows, columns = (shifted_bilinear(n, m, tokens) for n, m in ((h, tall), (w, wide)))
+        x = None
+        for i in range(3):  # the bias rides on the central tap, whose interpolation keeps constants
+            tap = F.linear(tokens, taps[i], F.pad(bias, (D, D)) if i == 1 else None)  # (B, h, w, 3 D)
+            enlarged = torch.bmm(rows[i].expand(B, -1, -1), tap.flatten(2))  # (B, tall, w * 3 D)
+            x = enlarged if x is None else x.add_(enlarged)
+        columns = rearrange(columns, "j wide w -> wide (w j)").expand(B * tall, -1, -1)
+        x = torch.bmm(columns, x.view(B * tall, w * 3, D))  # (B * tall, wide, D)
+        x = rearrange(x, "(b y) x d -> b d y x", b=B)  # channels last in memory
+        return self.finish(gelu(norm(x) if self.training else x), size)
+
+    def gather(self, levels: list[Tensor]) -> Tensor:
+        """Narrow each level (B, D, h, w) to D / 4 and concatenate: (B, h, w, D)."""
+        tokens = [rearrange(level, "b d h w -> b h w d") for level in levels]
+        return torch.cat([linear(t) for linear, t in zip(self.linears, tokens, strict=True)], -1)
+
+    def finish(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """Classify (B, D, H / 4, W / 4) and enlarge to (B, channels, H, W)."""
+        return F.interpolate(self.last(x).float(), size=size, mode="bilinear", align_corners=False)
+
+
+def shifted_bilinear(n: int, m: int, like: Tensor) -> Tensor:
+    """Return (3, m, n): the matrix that enlarges n values to m bilinearly, then shifts by -1, 0 or 1.
+
+    What a 3 x 3 convolution with zero padding sees of the enlarged map, along one axis.
+    """
+    identity = torch.eye(n, device=like.device, dtype=torch.float64).unsqueeze(0)  # (1, n, n)
+    enlarge = F.interpolate(identity, size=m, mode="linear", align_corners=False)[0].t()  # (m, n)
+    padded = F.pad(enlarge, (0, 0, 1, 1))  # (m + 2, n)
+    return torch.stack([padded[i : i + m] for i in range(3)]).to(like.dtype)
 
 
 def projector(dim: int, width: int) -> nn.Sequential:
@@ -457,7 +605,7 @@ class Prism(nn.Module):
         x = self.embed(images)  # (B, N, D)
         h, w = (side // self.cfg.patch for side in images.shape[-2:])
         table = torch.cat([e for e in (self.teacher_embed, self.task_embed) if e is not None])
-        context = table[context_ids]  # (R, D)
+        context = table[context_ids.to(table.device, non_blocking=True)]  # (R, D)
         levels, routes = [], []
         for i, block in enumerate(self.blocks):
             if i not in self.cfg.moe_blocks:
@@ -468,6 +616,14 @@ class Prism(nn.Module):
             routes.append(route)
         return levels, routes
 
+    def compile_parts(self) -> None:
+        """Compile every block and head by itself: short compile times, and DDP can send the gradients of
+        one block while the next is computed."""
+        for block in self.blocks:
+            block.compile(fullgraph=True, dynamic=False)
+        for head in self.heads.values():
+            head.compile(dynamic=False)
+
     def context_ids(self, names: str | Sequence[str], B: int) -> Tensor:
         """Look up one name for all B images, or one each; returns (B,) int64."""
         names = [names] * B if isinstance(names, str) else list(names)
@@ -476,15 +632,17 @@ class Prism(nn.Module):
                              f"{', '.join(self.contexts) or 'none'}")
         if len(names) != B:
             raise ValueError(f"{len(names)} contexts for {B} images; give one name, or one per image")
-        return torch.tensor([self.contexts.index(name) for name in names], device=self.pos_embed.device)
+        return torch.tensor([self.contexts.index(name) for name in names])
 
     def forward(self, images: Tensor, teacher_ids: Tensor | None = None, tasks: Sequence[str] = ()) -> Output:
         """Run every context of a training step in one batched pass.
 
-        images (B, 3, H, W) RGB in [0, 1]; teacher_ids (B,) int64, the teacher of each image, or None.
+        images (B, 3, H, W) RGB in [0, 1]; teacher_ids (B,) int64, the teacher of each image, or None. Ids
+        that lie on the host spare a GPU the waiting: how many images a teacher has is then known there.
         """
         B = len(images)
-        ids = [self.context_ids(task, B) for task in tasks] + ([] if teacher_ids is None else [teacher_ids])
+        ids = [self.context_ids(task, B) for task in tasks]
+        ids += [] if teacher_ids is None else [teacher_ids.cpu()]
         levels, routes = self.trunk(images, torch.cat(ids))
         predicted = {
             task: self.heads[task]([level[i * B : (i + 1) * B] for level in levels], images.shape[-2:])
@@ -500,7 +658,7 @@ class Prism(nn.Module):
         gets empty maps, which keep its projectors in the graph on every rank."""
         distilled = {}
         for i, (name, projectors) in enumerate(self.projectors.items()):
-            rows = torch.where(teacher_ids == i)[0]
+            rows = torch.where(teacher_ids == i)[0].to(levels[0].device, non_blocking=True)
             tokens = [rearrange(level[rows], "b d h w -> b h w d") for level in levels]
             maps = [p(t) for p, t in zip(projectors, tokens, strict=True)]
             distilled[name] = [rearrange(m, "b h w d -> b d h w") for m in maps]
@@ -713,50 +871,184 @@ def exit_with_one_line(run, debug: bool) -> None:
 # ------------------------------------------------------------------------------------------------ main
 
 
-def time_dispatch(T: int, D: int, E: int, K: int, repeats: int) -> dict[str, float]:
-    """Time forward+backward, interleaved; returns {variant: median ms}.
+@dataclass
+class Args:
+    """Print the sizes; with --bench, what the experts cost and how it grows."""
 
-    Ideal = one dense MLP on T*K rows: the same multiply-adds without any dispatch.
-    """
-    torch.manual_seed(0)
-    experts, dense = Experts(E, D, 4 * D), MLP(D, 4 * D)
-    x, many = torch.randn(T, D, requires_grad=True), torch.randn(T * K, D, requires_grad=True)
-    topk_w, topk_idx = torch.rand(T, E).topk(K)
-    variants = {
-        "plain loop": lambda: experts.plain(x, topk_idx, topk_w),
-        "sorted dispatch": lambda: experts(x, topk_idx, topk_w),
-        "ideal (dense MLP, equal FLOPs)": lambda: dense(many),
-    }
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(repeats + 1):
-        for name, run in variants.items():
+    bench: bool = False  # time the experts beside their ideal, forward and backward
+    device: str | None = None  # default: cuda if there is one, else cpu
+    dtype: Literal["float32", "bfloat16"] | None = None  # autocast to it (default: bfloat16 on cuda)
+    compile: bool = False  # torch.compile what compiles without a break (the loops do not)
+    tokens: int = 2308  # T
+    dim: int = 384  # D; hidden layers are 4 D wide
+    experts: int = 15  # E
+    top_k: int = 3  # K
+    repeats: int = 7  # medians of so many, variants taking turns
+    debug: bool = False  # full traceback on errors
+
+
+class Work(NamedTuple):
+    """One thing to time: a forward pass, and the tensors whose gradients are wanted of it."""
+
+    run: Callable[[], Tensor]
+    wanted: list[Tensor]
+
+    def step(self) -> None:
+        """Go forward and backward; gradients are new tensors, as after zero_grad."""
+        torch.autograd.grad(self.run().float().square().mean(), self.wanted)
+
+
+def time_interleaved(runs: dict[str, Callable], device: torch.device, repeats: int) -> dict[str, float]:
+    """Return {name: median ms}, all taking turns, so that other load on the machine falls on all alike."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats + 2):  # two to warm up
+        for name, run in runs.items():
             start = time.perf_counter()
-            run().square().mean().backward()
+            run()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
             times[name].append(1000 * (time.perf_counter() - start))
-    return {name: sorted(t[1:])[repeats // 2] for name, t in times.items()}
+    return {name: statistics.median(t[2:]) for name, t in times.items()}
 
 
-def main() -> None:
-    """Print sizes, parameter counts and a small benchmark of the dispatch."""
+def kept_mib(work: Work) -> float:
+    """Measure what the forward pass keeps for the backward pass beyond parameters and inputs, MiB."""
+    known, kept = {t.untyped_storage().data_ptr() for t in work.wanted}, {}
+
+    def note(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        work.run()
+    return sum(size for pointer, size in kept.items() if pointer not in known) / 2**20
+
+
+def count_flops(work: Work) -> int:
+    """Count the floating-point operations of the matrix products of one step, forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        work.run().float().square().mean().backward()  # the counter cannot follow autograd.grad
+    for t in work.wanted:
+        t.grad = None
+    return counter.get_total_flops()
+
+
+def expert_works(args: Args, device: torch.device) -> dict[str, Work]:
+    """Set up ways to compute the same routed experts, and one dense MLP of equal multiply-adds: the ideal."""
+    T, D, E, K = args.tokens, args.dim, args.experts, args.top_k
+    torch.manual_seed(0)
+    with device:
+        experts, dense = Experts(E, D, 4 * D), MLP(D, 4 * D)
+        separate = nn.ModuleList(MLP(D, 4 * D) for _ in range(E))
+        x, many = torch.randn(T, D, requires_grad=True), torch.randn(T * K, D, requires_grad=True)
+        topk_w, topk_idx = torch.rand(T, E).topk(K)
+    stacked = (experts.w1, experts.b1, experts.w2, experts.b2)
+
+    def masked() -> Tensor:
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(separate):
+            chosen = topk_idx == e  # (T, K)
+            token = chosen.any(1)
+            y[token] += (topk_w * chosen).sum(1)[token].unsqueeze(1) * expert(x[token])
+        return y
+
+    def all_experts(x: Tensor) -> Tensor:
+        w = x.new_zeros(T, E).scatter(1, topk_idx, topk_w)
+        hidden = F.gelu(torch.einsum("td,ehd->eth", x, experts.w1) + experts.b1.unsqueeze(1))
+        y = torch.einsum("eth,edh->etd", hidden, experts.w2) + experts.b2.unsqueeze(1)
+        return torch.einsum("etd,te->td", y, w)
+
+    fast, ideal, every = experts.forward, dense.forward, all_experts
+    if args.compile:
+        fast, ideal, every = (torch.compile(f, fullgraph=True) for f in (fast, ideal, every))
+    return {
+        "plain loop": Work(lambda: experts.plain(x, topk_idx, topk_w), [x, *stacked]),
+        "masked loop, separate parameters": Work(masked, [x, *separate.parameters()]),
+        "all experts on all tokens": Work(lambda: every(x), [x, *stacked]),
+        "sorted dispatch (ours)": Work(lambda: fast(x, topk_idx, topk_w), [x, *stacked]),
+        "ideal: dense MLP on T K rows": Work(lambda: ideal(many), [many, *dense.parameters()]),
+    }
+
+
+def stream_works(args: Args, device: torch.device) -> dict[str, Work]:
+    """Set up the whole dual stream beside one MLP of its active width: anchor, shared and K experts."""
+    D, rows = args.dim, max(1, args.tokens // 577)
+    cfg = PrismConfig(dim=D, experts=args.experts, top_k=args.top_k)
+    torch.manual_seed(0)
+    with device:
+        block, norm, wide = DualStreamBlock(cfg), nn.LayerNorm(D), MLP(D, (8 + 4 * args.top_k) * D)
+        x = torch.randn(rows, args.tokens // rows, D, requires_grad=True)
+        context = torch.randn(rows, D, requires_grad=True)
+    nn.init.normal_(block.router.film.weight, std=0.02)
+    own = [p for name, p in block.named_parameters() if not name.startswith(("attn", "norm1"))]
+    streams, mlp = (block.streams, wide.forward)
+    if args.compile:
+        streams, mlp = (torch.compile(f, fullgraph=True) for f in (streams, mlp))
+
+    def dual() -> Tensor:
+        y, route = streams(x, context)
+        return torch.cat([y.float().flatten(), route.prob])
+
+    return {"dual stream, with router and gate": Work(dual, [x, context, *own]),
+            "ideal: dense MLP, equal width": Work(lambda: x + mlp(norm(x)), [x, *wide.parameters()])}
+
+
+def grown_works(args: Args, device: torch.device) -> dict[str, Work]:
+    """Set up the dispatch, and again with one size doubled at a time."""
+    ours = "sorted dispatch (ours)"
+    works = {ours: expert_works(args, device)[ours]}
+    for size in ("tokens", "experts", "top_k", "dim"):
+        doubled = replace(args, **{size: 2 * getattr(args, size)})
+        works[f"{size.replace('_', '-')} doubled"] = expert_works(doubled, device)[ours]
+    return works
+
+
+def print_bench(args: Args) -> None:
+    """Time, count and print: the experts, the dual stream, and how cost grows."""
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    device = choose_device(args.device)
+    gpu = device.type == "cuda"
+    dtype = getattr(torch, args.dtype or ("bfloat16" if gpu else "float32"))
+    console, sizes = Console(), f"T {args.tokens}, D {args.dim}, E {args.experts}, K {args.top_k}"
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        for setup, base in ((expert_works, -1), (stream_works, -1), (grown_works, 0)):
+            works = setup(args, device)
+            ms = time_interleaved({name: work.step for name, work in works.items()}, device, args.repeats)
+            flops = {name: count_flops(work) for name, work in works.items()}
+            first = list(works)[base]
+            columns = ("ms", "ratio", "GFLOP", "ratio", "kept MiB")
+            table = Table(sizes, *(Column(name, justify="right") for name in columns))
+            for name, work in works.items():
+                table.add_row(name, f"{ms[name]:.1f}", f"{ms[name] / ms[first]:.2f}",
+                              f"{flops[name] / 1e9:.1f}", f"{flops[name] / flops[first]:.2f}",
+                              f"{kept_mib(work):.0f}")
+            console.print(table)
+    where = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
+    print(f"forward + backward, {where}, {dtype}, {'compiled' if args.compile else 'eager'}, medians of "
+          f"{args.repeats}; kept: held from forward to backward beyond weights and inputs")
+
+
+def main(args: Args) -> None:
+    """Print sizes and parameter counts, or the benchmark."""
     from rich.console import Console
     from rich.table import Table
 
+    if args.bench:
+        return print_bench(args)
     table = Table("size", "width", "depth", "experts", "top-k", "parameters M", "active per token M")
     for name, cfg in SIZES.items():
         with torch.device("meta"):
             total, active = count_parameters(Prism(cfg))
         table.add_row(name, *map(str, (cfg.dim, cfg.depth, cfg.experts, cfg.top_k)),
                       f"{total / 1e6:.1f}", f"{active / 1e6:.1f}")
-    console = Console()
-    console.print(table)
-    times = time_dispatch(T=1154, D=384, E=15, K=3, repeats=5)
-    ideal = times["ideal (dense MLP, equal FLOPs)"]
-    table = Table("experts, forward + backward", "ms", "over ideal",
-                  title=f"T 1154, D 384, E 15, K 3, fp32, {torch.get_num_threads()} threads, medians of 5")
-    for name, ms in times.items():
-        table.add_row(name, f"{ms:.0f}", f"{ms / ideal:.2f}")
-    console.print(table)
+    Console().print(table)
+    print("--bench times the experts; --help lists all")
 
 
 if __name__ == "__main__":
-    main()
+    import tyro
+
+    cli = tyro.cli(Args, description=__doc__)
+    exit_with_one_line(lambda: main(cli), cli.debug)

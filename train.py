@@ -17,6 +17,7 @@ import math
 import os
 import re
 import resource
+import statistics
 import subprocess
 import time
 import warnings
@@ -25,9 +26,11 @@ import warnings
 # 11 s, measured once); threads that sleep cost up to 1.4 times on an idle machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -38,6 +41,9 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import prism
@@ -72,9 +78,12 @@ class Args:
     seed: int = 0  # of weights, order, augmentation, noise
     device: str | None = None  # default: cuda if there is one, else cpu
     compile: bool | None = None  # torch.compile student and teachers (default: on cuda)
+    recompute: bool = False  # activation checkpointing: blocks run twice, but keep only their inputs
+    shard: bool = False  # split weights, gradients and optimizer over processes (FSDP2), not only images
     workers: int | None = None  # loader processes per training process (default: on cuda all cores' share)
     log_every: int = 20  # steps between log lines
     save_every: int | None = None  # steps between checkpoints (default: 100, or 1 % of the stage if more)
+    bench: int | None = None  # instead: time so many steps of the first stage, whole and by part
     debug: bool = False  # full traceback on errors
 
 
@@ -171,6 +180,12 @@ def check_args(args: Args) -> None:
         if batch < len(args.teachers):
             raise ValueError(f"batch size {batch} is smaller than the number of teachers "
                              f"({len(args.teachers)}); every step needs an image for each")
+        if args.bench and args.accumulate > 1:
+            raise ValueError(f"--bench with --accumulate {args.accumulate}: it times single passes; leave it "
+                             "out and divide the batch size")
+        if args.shard and processes == 1:
+            raise ValueError("--shard splits the student over processes, and this is one; start several "
+                             "with torchrun --nproc_per_node=N, or leave it out")
         if args.accumulate < 1 or batch % parts:
             raise ValueError(f"batch size {batch} does not split over {processes} processes x "
                              f"{args.accumulate} passes; use {batch // max(parts, 1) * parts or parts}")
@@ -273,8 +288,9 @@ def assign_teachers(B: int, count: int, seed: int, step: int) -> np.ndarray:
 
 def over_all(total: Tensor, count: Tensor | float) -> Tensor:
     """Divide a local sum by the count over all processes (at least 1)."""
-    count = torch.as_tensor(count, dtype=torch.float32, device=total.device)
-    return total * world_size() / global_sum(count).clamp(min=1)
+    if not torch.is_tensor(count):  # filled on the device: a copy from the host would wait for it
+        count = torch.full((), count, device=total.device)
+    return total * world_size() / global_sum(count.float()).clamp(min=1)
 
 
 def global_sum(x: Tensor) -> Tensor:
@@ -529,19 +545,24 @@ def prepare(args: Args, rt: Runtime, name: str, taught: teachers.Teachers) -> Ru
     tasks = choose_tasks(args, dataset) if stage.view == "multitask" else {}
     student = build_student(args, stage, taught.widths, tasks)
     origin, report = initial_weights(args, name, student)
-    student.to(rt.device)
     provenance = {
         "data": dataset.source, "teachers": taught.provenance, "init": origin, "code": git_revision(),
         "torch": str(torch.__version__), "schedule": schedule_of(args, stage, taught),
     }
-    optimizer = build_optimizer(student, stage, pretrained=origin != "random weights")
-    run = Run(name, stage, student, optimizer, dataset, 0, provenance)
-    stored = prism.read_checkpoint(path) if args.resume and path.exists() else None
+    stored, start = prism.read_checkpoint(path) if args.resume and path.exists() else None, 0
     if stored and stored["provenance"]["init"] != origin:
-        report = f"{path} began with other weights than {origin}: starting over"
-    elif stored:
-        run = run._replace(start=restore(path, stored, run, args.seed))
-        report = f"resumed {path} at step {run.start}"
+        report, stored = f"{path} began with other weights than {origin}: starting over", None
+    if stored:
+        check_same_run(path, stored, {
+            "stage": name, "seed": args.seed, "steps": stage.steps, "config": asdict(student.cfg),
+            **provenance["schedule"]})
+        prism.load_strict(student, stored["model"], path)
+        start, report = stored["step"], f"resumed {path} at step {stored['step']}"
+    place(args, rt, student)
+    optimizer = build_optimizer(student, stage, pretrained=origin != "random weights")
+    if stored:
+        load_optimizer(optimizer, stored["optimizer"])
+    run = Run(name, stage, student, optimizer, dataset, start, provenance)
     if rt.rank == 0:
         print_derived(args, rt, run, report)
     return run
@@ -578,28 +599,42 @@ def initial_weights(args: Args, name: str, student: prism.Prism) -> tuple[str, s
     return f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}", f"{path}: {report}"
 
 
-def restore(path: Path, stored: dict, run: Run, seed: int) -> int:
-    """Continue from a checkpoint of the same run; returns its step. Raises ValueError where runs differ."""
-    ours = {"stage": run.name, "seed": seed, "steps": run.stage.steps, "config": asdict(run.student.cfg),
-            **run.provenance["schedule"]}
+def check_same_run(path: Path, stored: dict, ours: dict) -> None:
+    """Raise ValueError where a checkpoint is of another run than the one that is to go on from it."""
     theirs = {**{k: stored.get(k) for k in ours}, **stored["provenance"]["schedule"]}
     if differ := [k for k in ours if ours[k] != theirs[k]]:
         detail = ["size, teachers or tasks differ" if k == "config" else
                   f"{k} {theirs[k]} there, {ours[k]} here" for k in differ]
         raise ValueError(f"cannot resume {path}: {'; '.join(detail)}; repeat the command that wrote it, or "
                          "leave out --resume to start over")
-    prism.load_strict(run.student, stored["model"], path)
-    run.optimizer.load_state_dict(stored["optimizer"])
-    return stored["step"]
 
 
-def save_checkpoint(args: Args, run: Run, step: int) -> None:
-    """Write all that `restore` and eval.py need, atomically."""
-    prism.write_checkpoint(args.out_dir / run.stage.checkpoint, {
-        "model": run.student.state_dict(), "config": asdict(run.student.cfg),
-        "optimizer": run.optimizer.state_dict(), "stage": run.name, "step": step, "steps": run.stage.steps,
-        "seed": args.seed, "provenance": run.provenance,
-    })
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load AdamW's moments; a sharded parameter takes its own part of them."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, moments in state["state"].items():
+        if hasattr(p := params[i], "placements"):
+            from torch.distributed.tensor import distribute_tensor
+
+            moments.update({k: distribute_tensor(t, p.device_mesh, p.placements)
+                            for k, t in moments.items() if t.shape == p.shape})
+    optimizer.load_state_dict(state)
+
+
+def whole(state):
+    """Return a state dict with every sharded tensor put together; all processes must call this."""
+    return tree_map(lambda t: t.full_tensor() if hasattr(t, "full_tensor") else t, state)
+
+
+def save_checkpoint(args: Args, rt: Runtime, run: Run, step: int) -> None:
+    """Write all that resuming and eval.py need, atomically, on the first rank."""
+    content = {
+        "model": whole(run.student.state_dict()), "config": asdict(run.student.cfg),
+        "optimizer": whole(run.optimizer.state_dict()), "stage": run.name, "step": step,
+        "steps": run.stage.steps, "seed": args.seed, "provenance": run.provenance,
+    }
+    if rt.rank == 0:
+        prism.write_checkpoint(args.out_dir / run.stage.checkpoint, content)
 
 
 def git_revision() -> str:
@@ -630,69 +665,181 @@ def print_derived(args: Args, rt: Runtime, run: Run, report: str) -> None:
           f"{stage.weight_decay:g}, clip {stage.clip:g}, seed {args.seed}; {report}", flush=True)
 
 
+def place(args: Args, rt: Runtime, student: prism.Prism) -> None:
+    """Move the student to the device; wrap, compile and shard its blocks as the arguments say."""
+    student.to(rt.device).train()
+    for block in student.blocks if args.recompute else ():
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if compiles(args, rt):
+        student.compile_parts()
+    if args.shard:
+        from torch.distributed.fsdp import fully_shard  # takes a second to import
+
+        # harmless: nobody changes these views in place
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        for part in (*student.blocks, student):
+            fully_shard(part)
+
+
+def distribute(args: Args, rt: Runtime, student: nn.Module) -> nn.Module:
+    """Average gradients over processes; buffers are equal on all of them without being sent."""
+    if rt.world_size == 1 or args.shard:
+        return student
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames the argument, 2.11 has no other
+        return DistributedDataParallel(student, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def exchange(model: nn.Module, last: bool):
+    """Return the context of one backward pass: gradients are exchanged in a step's last one alone."""
+    if hasattr(model, "set_requires_gradient_sync"):  # sharded
+        model.set_requires_gradient_sync(last)
+    return model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext()
+
+
 def pass_over(args: Args, rt: Runtime, run: Run, model: nn.Module, taught: teachers.Teachers, batch: dict,
-              ids: torch.Tensor) -> dict[str, Tensor]:
+              mark: Callable[[str], None]) -> dict[str, Tensor]:
     """Run one batch forward and backward; its share of the step's gradient is 1 / args.accumulate.
 
     Returns every value for the log, detached.
     """
-    cfg = run.student.cfg
+    cfg, ids = run.student.cfg, batch["teacher"]
     with torch.autocast(rt.device.type, rt.amp) if rt.amp else nullcontext():
         targets = taught.targets(batch["image"], ids)
+        mark("teachers")
         out = model(batch["image"], ids, tuple(cfg.tasks))
         terms = loss_terms(out, targets, batch, cfg, args.distill_weight if cfg.tasks else 1.0)
         loss = sum(weight * term for weight, term in terms.values())
+    mark("student forward")
     (loss / args.accumulate).backward()
+    mark("backward")
     return {**{k: v.detach() for k, (_, v) in terms.items()}, "loss": loss.detach(),
             **routing_values(out.routes, cfg.moe_blocks)}
 
 
-def fit(args: Args, rt: Runtime, run: Run, taught: teachers.Teachers) -> None:
-    """Train one stage from its start to its end: the one loop of every stage."""
-    name, stage, student, optimizer, dataset, start, _ = run
-    B, parts = stage.batch_size // rt.world_size, args.accumulate
-    if compiles(args, rt):
-        student.trunk = torch.compile(student.trunk)
-    model = distribute(student) if rt.world_size > 1 else student
-    model.train()
-    log = Log(args.out_dir / "log.jsonl", rt, name, stage.steps, start, args.log_every)
+def update(args: Args, rt: Runtime, run: Run, model: nn.Module, taught: teachers.Teachers, batch: dict,
+           step: int, mark: Callable[[str], None] = lambda part: None) -> dict[str, Tensor]:
+    """Make one step of the optimizer from this process's batch; returns every value for the log.
+
+    Nothing here waits for the device. mark is called after each part, with its name.
+    """
+    stage, B, parts = run.stage, run.stage.batch_size // rt.world_size, args.accumulate
+    batch = {k: v.to(rt.device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
+    ids = assign_teachers(stage.batch_size, len(run.student.cfg.teachers), args.seed, step)
+    batch["teacher"] = torch.from_numpy(ids[rt.rank * B : (rt.rank + 1) * B])  # (B,), stays on the host
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["factor"] * lr_at(step, stage)
+    values = []
+    for part in range(parts):
+        torch.manual_seed(seed_of(args.seed, step, rt.rank, part))
+        share = {k: v[part * B // parts : (part + 1) * B // parts] for k, v in batch.items()}
+        with exchange(model, part == parts - 1):
+            values.append(pass_over(args, rt, run, model, taught, share, mark))
+    norm = whole(nn.utils.clip_grad_norm_(run.student.parameters(), stage.clip))
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    mark("optimizer")
+    return {**{k: sum(v[k].float().mean() for v in values) / parts for k in values[0]}, "grad_norm": norm}
+
+
+def open_batches(args: Args, rt: Runtime, run: Run) -> Iterator[dict]:
+    """Start the loader at the run's first step."""
     workers = args.workers
     if workers is None:  # the rendered world lies in memory: on a CPU, workers would only take cores
         workers = min(16, data.core_count() // rt.world_size) if rt.device.type == "cuda" else 0
-    batches = data.batches(dataset, B, stage.steps, start, args.seed, rt.rank, rt.world_size, workers)
-    batches = data.track(batches, name, stage.steps, start, lines=False, quiet=rt.rank > 0)
+    return data.batches(run.dataset, run.stage.batch_size // rt.world_size, run.stage.steps, run.start,
+                        args.seed, rt.rank, rt.world_size, workers)
+
+
+def fit(args: Args, rt: Runtime, run: Run, taught: teachers.Teachers) -> None:
+    """Train one stage from its start to its end: the one loop of every stage."""
+    stage, start = run.stage, run.start
+    model = distribute(args, rt, run.student)
+    log = Log(args.out_dir / "log.jsonl", rt, run.name, stage.steps, start, args.log_every)
+    batches = data.track(open_batches(args, rt, run), run.name, stage.steps, start, lines=False,
+                         quiet=rt.rank > 0)
     for step, batch in enumerate(batches, start):
-        batch = {k: v.to(rt.device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
-        ids = assign_teachers(stage.batch_size, len(student.cfg.teachers), args.seed, step)
-        batch["teacher"] = torch.from_numpy(ids[rt.rank * B : (rt.rank + 1) * B]).to(rt.device)  # (B,)
-        for group in optimizer.param_groups:
-            group["lr"] = group["factor"] * lr_at(step, stage)
-        values = []
-        for part in range(parts):
-            torch.manual_seed(seed_of(args.seed, step, rt.rank, part))
-            share = {k: v[part * B // parts : (part + 1) * B // parts] for k, v in batch.items()}
-            last = part == parts - 1 or rt.world_size == 1
-            with nullcontext() if last else model.no_sync():  # gradients are exchanged once per step
-                values.append(pass_over(args, rt, run, model, taught, share, share.pop("teacher")))
-        norm = nn.utils.clip_grad_norm_(student.parameters(), stage.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        means = {k: sum(v[k].float().mean() for v in values) / parts for k in values[0]}
-        log.add({**means, "grad_norm": norm})
+        log.add(update(args, rt, run, model, taught, batch, step))
         done = step + 1
         saves = done % (args.save_every or max(100, stage.steps // 100)) == 0 or done == stage.steps
         if saves or done % args.log_every == 0:
             # raises before bad weights are saved
-            log.flush(done, stage.batch_size, lr_at(step, stage), dataset.unreadable.total())
-        if saves and rt.rank == 0:
-            save_checkpoint(args, run, done)
+            log.flush(done, stage.batch_size, lr_at(step, stage), run.dataset.unreadable.total())
+        if saves:
+            save_checkpoint(args, rt, run, done)
 
 
-def distribute(student: nn.Module) -> nn.Module:
-    """Average gradients over processes; buffers are equal on all of them without being sent."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames the argument, 2.11 has no other
-        return DistributedDataParallel(student, broadcast_buffers=False)
+class Given(NamedTuple):
+    """Stands for the teachers: gives the maps that they once gave."""
+
+    maps: dict[str, list[Tensor]]
+
+    def targets(self, images: Tensor, teacher_ids: Tensor) -> dict[str, list[Tensor]]:
+        """Return the maps, whatever the images."""
+        return self.maps
+
+
+def bench(args: Args, rt: Runtime, run: Run, taught: teachers.Teachers) -> None:
+    """Time steps as `fit` makes them, the student alone, and every part; write nothing."""
+    N, B = args.bench, run.stage.batch_size
+    run = run._replace(stage=run.stage._replace(steps=2 * N + 4), start=0)
+    model, batches = distribute(args, rt, run.student), open_batches(args, rt, run)
+    parts: dict[str, list[float]] = {}
+
+    def now() -> float:
+        if rt.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def images_per_s(count: int, taught, batch: dict | None = None, split: bool = False) -> float:
+        clock = start = now()
+
+        def mark(part: str) -> None:
+            nonlocal clock
+            if split:  # waits for the device after each part
+                parts.setdefault(part, []).append((then := now()) - clock)
+                clock = then
+
+        for _ in range(count):
+            own = batch or next(batches)
+            mark("data")
+            update(args, rt, run, model, taught, own, 0, mark)
+        return B * count / (now() - start)
+
+    images_per_s(3, taught)  # compiles, warms up
+    rates = {"whole steps": images_per_s(N, taught)}
+    images_per_s(N, taught, split=True)
+    batch = next(batches)
+    ids = torch.from_numpy(assign_teachers(B, len(taught.widths), args.seed, 0)).chunk(rt.world_size)[rt.rank]
+    with torch.autocast(rt.device.type, rt.amp) if rt.amp else nullcontext():
+        given = Given(taught.targets(batch["image"].to(rt.device), ids))
+    rates["student alone, one batch"] = images_per_s(N, given, batch)
+    peak = peak_memory_gib(rt.device)
+    twin = prism.Prism(run.student.cfg).to(rt.device).train()  # neither compiled nor recomputing: countable
+    with FlopCounterMode(display=False) as counter:
+        twin_run = run._replace(student=twin, optimizer=build_optimizer(twin, run.stage, pretrained=False))
+        update(args, rt, twin_run, twin, given, batch, 0)
+    if rt.rank == 0:
+        print_rates(args, rt, rates, parts, counter.get_total_flops() * rt.world_size / B)
+        print(f"  peak memory {peak:.2f} GiB", flush=True)
+
+
+def print_rates(args: Args, rt: Runtime, rates: dict[str, float], parts: dict[str, list[float]],
+                flops: float) -> None:
+    """Print what `bench` measured; flops: of the student, per image, forward and backward."""
+    side, dtype = 8192 if rt.device.type == "cuda" else 2048, rt.amp or torch.float32
+    x = torch.randn(side, side, device=rt.device, dtype=dtype)
+    ms = prism.time_interleaved({"": lambda: x @ x}, rt.device, 5)[""]
+    peak = 2 * side**3 / ms * 1000 * rt.world_size
+    total = sum(map(statistics.median, parts.values()))
+    how = "compiled" if compiles(args, rt) else "eager"
+    print(f"\nmedians of {args.bench} steps, {rt.device}, {dtype}, {how}")
+    for part, times in parts.items():
+        median = statistics.median(times)
+        print(f"  {part:<16} {1000 * median:9.1f} ms {median / total:6.1%}")
+    for name, rate in rates.items():
+        print(f"  {name:<24} {rate:9.1f} images/s, {flops * rate / 1e12:.3f} TFLOP/s of the student's "
+              f"{flops / 1e9:.1f} GFLOP per image: {flops * rate / peak:.0%} of a {side} x {side} product")
 
 
 def seed_of(*numbers: int) -> int:
@@ -714,6 +861,9 @@ def train(args: Args) -> None:
         print(f"teacher {who}: {teachers.describe(provenance)}")
     for name in stage_names(args.stage):
         run = prepare(args, rt, name, taught)
+        if args.bench:
+            bench(args, rt, run, taught)
+            break
         if run.start < run.stage.steps:
             fit(args, rt, run, taught)
         if rt.rank == 0:
