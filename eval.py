@@ -585,11 +585,14 @@ def count_boundaries(task: tuple[list, np.ndarray, float]) -> np.ndarray:
         truth = np.unpackbits(stored[h * w :], count=h * w).reshape(h, w).astype(bool)
         above = np.bincount(level.ravel(), minlength=256)[::-1].cumsum()[::-1]  # pixels of k and more
         before, total = None, truth.sum()
-        for row, k in enumerate(ks):
-            if above[k + 1] != before:  # else the same pixels as at the threshold before
-                thinned, before = data.thin(level > k), above[k + 1]
-                matched, predicted = match(thinned, truth, max_dist * math.hypot(h, w)), thinned.sum()
-            counts[row] += [matched, total, matched, predicted]
+        at_once = max(1, 2**16 // (h * w))  # thresholds; small images are thinned in a third of the time
+        for first in range(0, len(ks), at_once):
+            thinned = data.thin(level > ks[first : first + at_once, None, None])
+            for row, lines in enumerate(thinned, first):
+                if above[ks[row] + 1] != before:  # else the same pixels as at the threshold before
+                    before, predicted = above[ks[row] + 1], lines.sum()
+                    matched = match(lines, truth, max_dist * math.hypot(h, w))
+                counts[row] += [matched, total, matched, predicted]
     return counts
 
 

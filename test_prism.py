@@ -2276,13 +2276,15 @@ def slow_thin(binary):
 
 
 def test_thin_against_pixel_by_pixel():
-    """A wrong table entry, a shifted neighbour, stopping after half a pair."""
+    """A wrong table entry, a shifted neighbour, stopping after half a pair, a stack that bleeds."""
     rng = np.random.default_rng(1)
     for i in range(120):
         noise = rng.random(rng.integers(1, 26, 2))
         binary = noise > 0.4 if i % 2 else ndimage.gaussian_filter(noise, 1.5) > 0.5
         assert (data.thin(binary) == slow_thin(binary)).all()
     assert (data.thin(np.ones((5, 9))) == slow_thin(np.ones((5, 9)))).all()
+    stack = rng.random((2, 3, 12, 17)) > 0.3
+    assert (data.thin(stack) == [[slow_thin(binary) for binary in row] for row in stack]).all()
 
 
 def test_boundary_label():
