@@ -39,6 +39,7 @@ import tempfile
 import zlib
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: see train.py
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace

@@ -28,6 +28,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # before torch: see train.py
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F

@@ -37,6 +37,7 @@ import time
 import warnings
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: see train.py
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
