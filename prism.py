@@ -19,6 +19,7 @@ tokens, H x W pixels, h x w patches. R rows = images x contexts, all images of o
 import math
 import os
 import pickle
+import random
 import re
 import statistics
 import sys
@@ -901,12 +902,13 @@ class Work(NamedTuple):
 
 
 def time_interleaved(runs: dict[str, Callable], device: torch.device, repeats: int) -> dict[str, float]:
-    """Return {name: median ms}, all taking turns, so that other load on the machine falls on all alike."""
+    """Return {name: median ms}. All take turns, in changing order, so that other load on the machine and
+    what a neighbour leaves in cache and allocator fall on all alike."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats + 2):  # two to warm up
-        for name, run in runs.items():
+    for turn in range(repeats + 2):  # two to warm up
+        for name in random.Random(turn).sample(list(runs), len(runs)):
             start = time.perf_counter()
-            run()
+            runs[name]()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             times[name].append(1000 * (time.perf_counter() - start))
