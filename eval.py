@@ -34,6 +34,8 @@ import itertools
 import json
 import math
 import os
+import shlex
+import subprocess
 import sys
 import tempfile
 import zlib
@@ -42,6 +44,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: see train.p
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -57,9 +60,13 @@ from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Column, Table
 from scipy import ndimage
+from scipy.optimize import linear_sum_assignment
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_flow
+from scipy.special import stdtrit
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import prism
@@ -913,8 +920,10 @@ def routing(model, dataset, device, batch_size: int, max_images: int = 128) -> l
 
     All tokens count, cls too. Returns per MoE block: `block`, its index; `lambda`, the mean gate;
     `teachers` and `tasks`, {context: E shares of the top-k slots, summing to 1}; `nmi_teachers`,
-    `nmi_tasks`.
+    `nmi_tasks`. Students without experts: [].
     """
+    if not hasattr(model, "route"):
+        return []
     cfg, contexts = model.cfg, [*model.cfg.teachers, *model.cfg.tasks]
     counts = zeros(len(cfg.moe_blocks), len(contexts), cfg.experts)
     gates = np.zeros((len(cfg.moe_blocks), 2))  # sum, tokens
@@ -1006,11 +1015,11 @@ def overlap(picks: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def teacher_gradients(model, members: dict[str, teachers.Teacher], images: Tensor,
-                      batch_size: int) -> list[tuple[Tensor, Tensor]]:
+                      batch_size: int) -> list[list[Tensor]]:
     """Return per MoE block the gradient of each teacher's distillation loss, mean over the images.
 
-    Pairs of the shared stream (attention, anchor, shared expert), (teachers, P), and of the routed
-    experts, (teachers, E, Q). Each teacher sees all images; the model must be in eval mode.
+    Of the shared stream (attention, and anchor and shared expert or the one MLP), (teachers, P), and of the
+    routed experts, (teachers, E, Q), if any. Each teacher sees all images; the model must be in eval mode.
     """
     blocks, rows = [model.blocks[i] for i in model.cfg.moe_blocks], []
     for i, (name, teacher) in enumerate(members.items()):
@@ -1020,13 +1029,15 @@ def teacher_gradients(model, members: dict[str, teachers.Teacher], images: Tenso
             maps, target = model.distill(images[batch], ids)[name], teacher.features(images[batch])
             (loss,) = training.distill_terms({name: maps}, {name: target}).values()
             (loss * len(batch) / len(images)).backward()
-        rows.append([(
-            torch.cat([p.grad.flatten() for part in (block.attn, block.anchor, block.shared)
-                       for p in part.parameters()]),
-            torch.cat([p.grad.flatten(1) for p in block.experts.parameters()], 1),
-        ) for block in blocks])
+        rows.append([])
+        for block in blocks:
+            parts = [part for part in block.children() if isinstance(part, (prism.Attention, prism.MLP))]
+            shared = torch.cat([p.grad.flatten() for part in parts for p in part.parameters()])
+            experts = [part for part in block.children() if isinstance(part, prism.Experts)]
+            rows[-1].append([shared, *(
+                torch.cat([p.grad.flatten(1) for p in part.parameters()], 1) for part in experts)])
     model.zero_grad()
-    return [tuple(torch.stack(kind) for kind in zip(*row, strict=True)) for row in zip(*rows, strict=True)]
+    return [[torch.stack(kind) for kind in zip(*row, strict=True)] for row in zip(*rows, strict=True)]
 
 
 def conflict(shared: Tensor, experts: Tensor, active: Tensor) -> dict:
@@ -1041,14 +1052,20 @@ def conflict(shared: Tensor, experts: Tensor, active: Tensor) -> dict:
             "cos_each": [c if b else None for c, b in zip(cos.tolist(), both.tolist(), strict=True)]}
 
 
-def analyse(model, members: dict[str, teachers.Teacher], images: Tensor, picks: Tensor,
+def analyse(model, members: dict[str, teachers.Teacher], images: Tensor, picks: Tensor | None,
             batch_size: int) -> list[dict]:
     """Say per MoE block what each pair of teachers and of tasks shares: {"teachers": {"a + b": numbers}}.
 
-    `coactive` and `jaccard` as in `overlap`; with teachers at hand also their `conflict`.
+    `coactive` and `jaccard` as in `overlap`; with teachers at hand also their `conflict`. Without experts
+    (picks None) only the cosine of the teachers' gradients.
     """
     cfg, blocks = model.cfg, []
     gradients = teacher_gradients(model, members, images, batch_size) if len(members) > 1 else ()
+    if picks is None:
+        pairs = [(i, j, f"{a} + {b}") for (i, a), (j, b) in combinations(enumerate(members), 2)]
+        return [{"block": block, "tasks": {}, "teachers": {
+            pair: {"cos_shared": F.cosine_similarity(*shared[[i, j]], dim=0).item()} for i, j, pair in pairs}}
+            for block, (shared,) in zip(cfg.moe_blocks, gradients, strict=False)]
     for b, block in enumerate(cfg.moe_blocks):
         row = {"block": block, "teachers": {}, "tasks": {}}
         for kind, first in (("teachers", 0), ("tasks", len(cfg.teachers))):
@@ -1121,7 +1138,7 @@ def probe_student(model, members: dict[str, teachers.Teacher], source: str, data
     print(f"linear probes: fitted to the first {len(known)} images of {getattr(known, 'split', 'train')}, "
           f"scored on the first {len(test)} of {len(dataset)}")
     torch.manual_seed(0)
-    blank, names = prism.Prism(model.cfg).to(device).eval(), list(model.cfg.teachers)
+    blank, names = prism.build(model.cfg).to(device).eval(), list(model.cfg.teachers)
     students = {"untrained student": (blank, names[0])} | {f"student as {n}": (model, n) for n in names}
     see = {row: lambda x, net=net, name=name: net.features(x, name) for row, (net, name) in students.items()}
     see |= {name: teacher.features for name, teacher in members.items()}
@@ -1140,13 +1157,15 @@ def study(args: "Args", stored: dict, model, dataset, source: str, device) -> tu
     if args.analysis:
         images = stack([dataset[i] for i in range(min(len(dataset), args.analysis_images))], "image")
         images = images.to(device)
-        picks = choose_experts(model, images, args.batch_size)
+        routed = hasattr(model, "route")
+        picks = choose_experts(model, images, args.batch_size) if routed else None
         blocks = analyse(model, members, images, picks, args.batch_size)
         found["analysis"] = {"images": len(images), "blocks": blocks}
         print_analysis(blocks)
         shown = np.linspace(0, len(images) - 1, min(4, len(images))).astype(int).tolist()
-        pictures["conflict"] = draw_conflict(blocks, model.cfg)
-        pictures["experts"] = draw_experts(model, images[shown].cpu(), picks[:, :, shown, 1:, 0].cpu())
+        if routed:
+            pictures["conflict"] = draw_conflict(blocks, model.cfg)
+            pictures["experts"] = draw_experts(model, images[shown].cpu(), picks[:, :, shown, 1:, 0].cpu())
         if members:
             pictures["imitation"] = draw_imitation(model, members, images[shown])
     if not set(model.cfg.tasks) & set(dataset.tasks):
@@ -1187,40 +1206,18 @@ def print_fidelity(levels: dict[str, list[dict]], cfg: prism.PrismConfig) -> Non
 # ------------------------------------------------------------------------------------------------ cost
 
 
-class DenseViT(prism.Prism):
-    """A plain ViT of the same size with the same heads: all tasks from one pass of the trunk."""
-
-    def __init__(self, cfg: prism.PrismConfig):
-        super().__init__(replace(cfg, teachers={}, experts=1, top_k=1))
-        for i in cfg.moe_blocks:
-            self.blocks[i] = prism.Block(cfg.dim, cfg.heads, int(cfg.dim * cfg.mlp_ratio))
-        self.task_embed = None
-
-    def predict(self, images: Tensor, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Solve all tasks in one pass, as a student's `predict`."""
-        x, levels = self.embed(images), []
-        for i, block in enumerate(self.blocks):
-            x = block(x)
-            if i in self.cfg.moe_blocks:
-                h = images.shape[-2] // self.cfg.patch
-                levels.append(rearrange(self.norm(x)[:, 1:], "b (h w) d -> b d h w", h=h))
-        return {task: head(levels, images.shape[-2:]) for task, head in self.heads.items()}
-
-
 def count_macs(cfg: prism.PrismConfig, size: tuple[int, int], dense: bool = False) -> dict[str, int]:
     """Count the multiply-adds of `predict` for one image of size (H, W) pixels and all of cfg's tasks.
 
-    What lies before the first router runs once, the rest once per task; dense: a `DenseViT`.
+    What lies before the first router runs once, the rest once per task; dense: a `prism.Dense`.
     """
     D, T, blocks = cfg.dim, len(cfg.tasks), range(cfg.depth)
-    h, w = size[0] // cfg.patch, size[1] // cfg.patch
-    patches, tall, broad = h * w, size[0] // 4, size[1] // 4
+    patches = size[0] // cfg.patch * (size[1] // cfg.patch)
     N, moe = 1 + patches, () if dense else cfg.moe_blocks
     passes = [1 if dense or i <= cfg.moe_blocks[0] else T for i in blocks]
     inside = sum(passes[i] for i in moe)  # passes of gates and shared experts
     wide, narrow = (2 * N * D * int(D * r) for r in (cfg.mlp_ratio, cfg.expert_ratio))
     router = 2 * D * D + N * D * cfg.experts + (N * D * D if cfg.official else 0)
-    fuse = 9 * patches * D * D + 9 * tall * patches * D + 3 * tall * broad * w * D  # taps, rows, columns
     return {
         "patch embedding": patches * 3 * cfg.patch**2 * D,
         "attention": sum(passes) * (4 * N * D * D + 2 * N * N * D),
@@ -1228,8 +1225,24 @@ def count_macs(cfg: prism.PrismConfig, size: tuple[int, int], dense: bool = Fals
         "gates, routers": inside * N * D + len(moe) * T * router,
         "shared experts": inside * narrow,
         "routed experts": len(moe) * T * cfg.top_k * narrow,
-        "heads": sum(patches * D * D + fuse + tall * broad * D * C for C in cfg.tasks.values()),
+        "heads": heads_macs(cfg, size),
     }
+
+
+def heads_macs(cfg: prism.PrismConfig, size: tuple[int, int]) -> int:
+    """Count the heads' multiply-adds of one image: 3 x 3 taps on patches, then enlarging by two products."""
+    D, h, w, tall, broad = cfg.dim, size[0] // cfg.patch, size[1] // cfg.patch, size[0] // 4, size[1] // 4
+    fuse = 9 * h * w * D * D + 9 * tall * h * w * D + 3 * tall * broad * w * D  # taps, rows, columns
+    return sum(h * w * D * D + fuse + tall * broad * D * C for C in cfg.tasks.values())
+
+
+@torch.no_grad()
+def macs_of(model, size: tuple[int, int]) -> int:
+    """Count the multiply-adds of `predict` for one image of size (H, W) pixels by running it."""
+    images = torch.rand(1, 3, *size, device=model.pos_embed.device)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model.predict(images)
+    return counter.get_total_flops() // 2
 
 
 def heads_as_convolutions(cfg: prism.PrismConfig, size: tuple[int, int]) -> int:
@@ -1260,13 +1273,19 @@ def report_cost(args: "Args", device) -> None:
     if any(side <= 0 or side % cfg.patch for side in size):
         raise ValueError(f"image size {size[0]} x {size[1]} is not a multiple of the patch size {cfg.patch}; "
                          "give two such sides")
-    student = prism.Prism(cfg)
+    student = prism.build(cfg)
     if stored:
-        prism.load_strict(student, stored["model"], args.ckpt, new=("heads", "task_embed"))
-    student.projectors.clear()  # they serve training alone
-    models = {"PRISM": student, "dense ViT": DenseViT(cfg)}
+        prism.load_strict(student, stored["model"], args.ckpt, new=("heads", "task_embed", "mixers"))
+    for serves_training_alone in ("projectors", "aligners"):
+        getattr(student, serves_training_alone, {}).clear()
+    ours, dense = {"prism": "PRISM", "sak": "SAK"}.get(cfg.student, cfg.student), replace(
+        cfg, student="dense", without=(), teachers={})
+    models = {ours: student, "dense ViT": prism.build(dense)}
     models = {name: model.to(device).eval() for name, model in models.items()}
-    macs = {"PRISM": count_macs(cfg, size), "dense ViT": count_macs(cfg, size, dense=True)}
+    macs = {name: count_macs(m.cfg, size, dense=isinstance(m, prism.Dense))
+            if type(m) in (prism.Prism, prism.Dense) and not m.cfg.without
+            else {"all but heads": macs_of(m, size) - heads_macs(cfg, size), "heads": heads_macs(cfg, size)}
+            for name, m in models.items()}
     count, result = 8 if device.type == "cuda" else 1, {}
     if args.compile:
         for model in models.values():
@@ -1287,14 +1306,199 @@ def report_cost(args: "Args", device) -> None:
     print(f"{size[0]} x {size[1]} pixels, {len(cfg.tasks)} tasks: {' '.join(cfg.tasks)}; no projectors; "
           f"times: {machine}, {'bfloat16' if device.type == 'cuda' else 'float32'}, medians of 3")
     table = Table("one image", *(Column(name, justify="right") for name in (*result, "ratio")))
-    for key, ours in result["PRISM"].items():
-        dense = result["dense ViT"][key]
-        table.add_row(key, f"{ours:.3f}", f"{dense:.3f}", f"{ours / dense:.2f}" if dense else "")
+    for key, value in result[ours].items():
+        base = result["dense ViT"].get(key)
+        table.add_row(key, f"{value:.3f}", "" if base is None else f"{base:.3f}",
+                      f"{value / base:.2f}" if base else "")
     console.print(table)
     facts = {"size": size, "tasks": cfg.tasks, "device": machine, "cost": result}
     folder = args.out_dir or args.ckpt.parent
     write_files(folder, {"cost.json": json.dumps(facts, indent=1)})
     print(f"wrote {folder / 'cost.json'}")
+
+
+# --------------------------------------------------------------------------------------------- contest
+
+SINGLE = "--student dense --stage recompose --no-distill"  # with --tasks: a network per task, Delta_m's base
+CONTESTANTS = {  # name -> flags of train.py
+    "prism": "", "sak": "--student sak", "dense": "--student dense", "wide": "--student wide",
+    "moe": "--student moe", "no-distill": SINGLE, "no-anchor": "--without anchor",
+    "no-shared": "--without shared", "no-film": "--without film", "no-context": "--without context",
+    "no-decorr": "--decorr-levels 0", "decorr-1": "--decorr-levels 1", "decorr-3": "--decorr-levels 3",
+    "top-1": "--top-k 1", "top-3": "--top-k 3", "experts-4": "--experts 4", "experts-9": "--experts 9",
+    "lite": "--expert-ratio 1", "only-clip-dino": "--teachers toy-clip toy-dino",
+    "only-clip-sam": "--teachers toy-clip toy-sam", "only-dino-sam": "--teachers toy-dino toy-sam",
+}
+MAIN_FIVE = ("prism", "sak", "dense", "wide", "moe")
+
+
+def train_and_score(folder: Path, flags: list[str], slot: int) -> dict:
+    """Train and evaluate in processes of their own, or go on where that was interrupted; returns
+    results.json with `train_s`. Raises OSError with the last line of what failed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    asked, results = folder / "flags.txt", folder / "results.json"
+    if asked.exists() and asked.read_text() != " ".join(flags):
+        raise OSError(f"{folder} holds a run with other flags ({asked.read_text()}); choose another "
+                      "--out-dir")
+    asked.write_text(" ".join(flags))
+    here, gpus = Path(__file__).parent, torch.cuda.device_count()
+    place = {"CUDA_VISIBLE_DEVICES": str(slot % gpus)} if gpus else {"OMP_NUM_THREADS": "1"}
+    for script, *given in () if results.exists() else (
+            ("train.py", *flags, "--out-dir", folder, "--resume"),
+            ("eval.py", "--ckpt", folder / "prism.pt", "--analysis")):
+        with open(folder / "log.txt", "a") as log:
+            done = subprocess.run([sys.executable, here / script, *given], env=os.environ | place, stdout=log,
+                                  stderr=subprocess.STDOUT)
+        if done.returncode:
+            last = (folder / "log.txt").read_text().strip().splitlines()[-1]
+            raise OSError(f"{script} of {folder.name} failed: {last}")
+    rows, seconds, last = (folder / "log.jsonl").read_text().splitlines(), 0.0, (None, 0)
+    for row in map(json.loads, rows):
+        steps = row["step"] - (last[1] if last[0] == row["stage"] else 0)
+        seconds, last = seconds + steps * row["ms"] / 1000, (row["stage"], row["step"])
+    return json.loads(results.read_text()) | {"train_s": seconds}
+
+
+def contest(args: "Args", device) -> None:
+    """Train contestants and single-task networks over seeds, side by side; write contest.json and .md."""
+    names, common = args.contest or MAIN_FIVE, shlex.split(args.train_args)
+    if unknown := [name for name in names if name not in CONTESTANTS]:
+        raise ValueError(f"unknown contestant {', '.join(unknown)}; known are {', '.join(CONTESTANTS)}")
+    settings = tyro.cli(training.Args, args=common)
+    stage = training.choose_recipe(settings, "recompose")
+    tasks = training.choose_tasks(settings, training.open_train(settings, stage))  # renders the world
+    teachers.Teachers(settings.teachers)  # raises the toys
+    flags = {name: CONTESTANTS[name] for name in names}
+    flags |= {f"only-{task}": f"{SINGLE} --tasks {task}" for task in tasks}
+    folder = args.out_dir or Path("out/contest")
+    jobs = {(name, seed): [*common, *shlex.split(flags[name]), "--seed", str(seed)]
+            for seed in range(args.seeds) for name in flags}
+    found: dict[tuple[str, int], dict] = {}
+    with ThreadPoolExecutor(torch.cuda.device_count() or data.core_count()) as pool:
+        waiting = {pool.submit(train_and_score, folder / f"{name}-{seed}", given, slot): (name, seed)
+                   for slot, ((name, seed), given) in enumerate(jobs.items())}
+        for done in as_completed(waiting):
+            name, seed = waiting[done]
+            if done.exception():
+                pool.shutdown(cancel_futures=True)
+                raise done.exception()
+            found[name, seed] = done.result()
+            scores = " ".join(f"{t} {v:.2f}" for t, v in found[name, seed]["headline"].items())
+            print(f"{len(found)}/{len(jobs)} {name} seed {seed}: {scores}; trained in "
+                  f"{found[name, seed]['train_s'] / 60:.1f} min", flush=True)
+    report = contest_report(found, names, list(tasks), args.seeds)
+    report["cost"] = contest_costs({name: folder / f"{name}-0" / "prism.pt" for name in names}, device)
+    text = contest_text(report)
+    write_files(folder, {"contest.json": as_json(report), "contest.md": text})
+    print(text + f"\nwrote {folder}/contest.json, contest.md")
+
+
+def contest_report(found: dict, names: Sequence[str], tasks: list[str], seeds: int) -> dict:
+    """Put together scores per seed, Delta_m over the same seed's single-task networks, differences from the
+    first contestant, gradients' cosines and routing; found {(name, seed): results}."""
+    base = [{t: found[f"only-{t}", seed]["headline"][t] for t in tasks} for seed in range(seeds)]
+    rows = {}
+    for name in names:
+        scores = [found[name, seed]["headline"] for seed in range(seeds)]
+        rows[name] = {t: [score[t] for score in scores] for t in tasks}
+        rows[name]["delta_m"] = [delta_m(score, ref) for score, ref in zip(scores, base, strict=True)]
+    minutes = {name: [found[name, seed]["train_s"] / 60 for seed in range(seeds)] for name in names}
+    lead, signs = names[0], {t: -1 if data.TASKS[t].lower_is_better else 1 for t in tasks} | {"delta_m": 1}
+    paired = {name: {t: interval(signs[t] * (np.array(rows[name][t]) - rows[lead][t])) for t in signs}
+              for name in names[1:]}
+    results = {name: [found[name, seed] for seed in range(seeds)] for name in names}
+    return {"lead": lead, "single_task": {t: [b[t] for b in base] for t in tasks}, "scores": rows,
+            "paired": paired, "minutes": minutes,
+            "conflict": {name: mean_conflict(runs) for name, runs in results.items()},
+            "routing": {name: routing_over_seeds(r) for name, r in results.items() if r[0]["routing"]}}
+
+
+def interval(differences: np.ndarray) -> list[float]:
+    """Return mean and half width of the 95 % interval (Student's t) of paired differences; one: nan."""
+    n = len(differences)
+    if n < 2:
+        return [float(differences.mean()), math.nan]
+    return [float(differences.mean()), float(stdtrit(n - 1, 0.975) * differences.std(ddof=1) / math.sqrt(n))]
+
+
+def mean_conflict(runs: list[dict]) -> dict[str, list[float]]:
+    """Return per seed the mean over blocks and pairs of teachers of the cosines of their gradients."""
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        blocks = run.get("analysis", {"blocks": []})["blocks"]
+        pairs = [pair for block in blocks for pair in block["teachers"].values()]
+        for key in ("cos_shared", "cos_experts"):
+            if values := [pair[key] for pair in pairs if key in pair]:
+                found.setdefault(key, []).append(float(np.mean(values)))
+    return found
+
+
+def routing_over_seeds(runs: list[dict]) -> dict:
+    """Return NMI of teachers per block and seed, and how alike two seeds' teacher x expert tables are once
+    the experts of one are matched to those of the other (Hungarian); `shifted`: with teachers mixed up."""
+    tables = [[np.array(list(block["teachers"].values())) for block in run["routing"]] for run in runs]
+    alike, shifted = [], []
+    for a, b in combinations(tables, 2):
+        for x, y in zip(a, b, strict=True):
+            alike.append(affinity(x, y))
+            shifted += [affinity(x, np.roll(y, k, 0)) for k in range(1, len(y))]
+    return {"nmi_teachers": [[block["nmi_teachers"] for block in run["routing"]] for run in runs],
+            "alike": alike, "shifted": shifted}
+
+
+def affinity(x: np.ndarray, y: np.ndarray) -> float:
+    """Match the experts of two tables (contexts, E) one to one; returns the mean cosine of the pairs."""
+    x, y = (t / np.maximum(np.linalg.norm(t, axis=0), 1e-12) for t in (x, y))
+    cosines = x.T @ y  # (E, E)
+    return float(cosines[linear_sum_assignment(cosines, maximize=True)].mean())
+
+
+def contest_costs(checkpoints: dict[str, Path], device) -> dict[str, dict[str, float]]:
+    """Count and time every contestant's `predict`, all taking turns in this process."""
+    models = {name: prism.load(path, device) for name, path in checkpoints.items()}
+    costs = {}
+    for name, model in models.items():
+        size = tuple(n * model.cfg.patch for n in model.cfg.grid)
+        for serves_training_alone in ("projectors", "aligners"):
+            getattr(model, serves_training_alone, {}).clear()
+        total, active = prism.count_parameters(model)
+        costs[name] = {"parameters": total / 1e6, "active": active / 1e6, "gmac": macs_of(model, size) / 1e9}
+    for name, ms in time_predictions(models, torch.rand(1, 3, *size, device=device), repeats=15).items():
+        if name in costs:
+            costs[name]["ms"] = ms
+    return costs
+
+
+def contest_text(report: dict) -> str:
+    """Write the report as tables in markdown."""
+    def line(*cells) -> str:
+        return "| " + " | ".join(cells) + " |"
+
+    def spread(values: list[float]) -> str:
+        digits = 3 if abs(np.mean(values)) < 5 else 2
+        return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.{digits}f}"
+
+    tasks, cost = list(report["single_task"]), report["cost"]
+    text = [line("", *tasks, "Delta_m %", "M", "active M", "GMAC", "ms", "training, min"),
+            line(*["---"] * (len(tasks) + 7)),
+            line("single-task", *(spread(v) for v in report["single_task"].values()), *["0"], *[""] * 5)]
+    for name, row in report["scores"].items():
+        c, minutes = cost[name], np.mean(report["minutes"][name])
+        text.append(line(name, *(spread(v) for v in row.values()), f"{c['parameters']:.2f}",
+                         f"{c['active']:.2f}", f"{c['gmac']:.3f}", f"{c['ms']:.1f}", f"{minutes:.1f}"))
+    text += ["", f"Better than {report['lead']} by (mean ± half the 95 % interval, paired by seed):", "",
+             line("", *tasks, "Delta_m"), line(*["---"] * (len(tasks) + 2))]
+    text += [line(name, *(f"{mean:+.2f} ± {half:.2f}" for mean, half in row.values()))
+             for name, row in report["paired"].items()]
+    text += ["", line("", "cos, shared weights", "cos, co-active experts"), line("---", "---", "---")]
+    text += [line(name, *(spread(c[key]) if key in c else "" for key in ("cos_shared", "cos_experts")))
+             for name, c in report["conflict"].items()]
+    for name, r in report["routing"].items():
+        nmi = " / ".join(" ".join(f"{v:.2f}" for v in blocks) for blocks in r["nmi_teachers"])
+        alike = f"; tables of two seeds, experts matched: {np.mean(r['alike']):.2f}, with teachers mixed up "\
+                f"{np.mean(r['shifted']):.2f}" if r["alike"] else ""
+        text += ["", f"{name}: NMI teacher-expert per block, seeds: {nmi}{alike}"]
+    return "\n".join(text) + "\n"
 
 
 # -------------------------------------------------------------------------------------------- pictures
@@ -1631,6 +1835,9 @@ class Args:
     size: Literal["toy", "small", "base", "large"] | None = None  # --cost without a checkpoint
     image_size: tuple[int, ...] | None = None  # of --cost: side, or height and width, pixels
     compile: bool = False  # of --cost: torch.compile blocks and heads
+    contest: tuple[str, ...] | None = None  # instead: train and compare students; alone: the main five
+    seeds: int = 3  # of --contest
+    train_args: str = ""  # of --contest: flags for every train.py: --train-args="--size small"
     debug: bool = False  # full traceback on errors
 
 
@@ -1798,6 +2005,8 @@ def main(args: Args) -> None:
         raise ValueError(f"--analysis-images {args.analysis_images} is not positive; use 1 or more")
     if args.cost:
         return report_cost(args, device)
+    if args.contest is not None:
+        return contest(args, device)
     stored = prism.read_checkpoint(args.ckpt)
     source = args.data or stored.get("provenance", {}).get("data")
     if source is None:
@@ -1831,7 +2040,8 @@ def main(args: Args) -> None:
     size = {384: "ViT-S", 768: "ViT-B", 1024: "ViT-L"}.get(model.cfg.dim, f"width {model.cfg.dim}")
     print_published(source.partition(":")[0], protocol, results["headline"], size)
     suffix = "" if tasks else "_stage1"  # not over the files of the student with heads
-    pictures["routing"] = draw_routing(blocks)
+    if blocks:
+        pictures["routing"] = draw_routing(blocks)
     files = {f"results{suffix}.json": as_json(results)}
     files |= {f"{name}{suffix}.png": picture for name, picture in pictures.items()}
     if tasks:

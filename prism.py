@@ -10,6 +10,8 @@ few blocks is split into two streams: an *anchor* that everything shares, and *e
 Stage 1, *deconstruct*: contexts are teachers; the experts take their conflicts apart.
 Stage 2, *recompose*: contexts are tasks; the router reassembles the same experts for each of them.
 Only the router sees the context, so all that comes before the first router is computed once.
+Beside it stands SAK (ICLR 2025, arXiv 2410.14633), the baseline: a plain ViT, and per teacher a path of
+adapters that reads the ViT but never writes to it.
 
 Shapes: B images, N tokens (1 cls + h*w patches), D width, E experts, K experts per token, T = rows of
 tokens, H x W pixels, h x w patches. R rows = images x contexts, all images of one context together.
@@ -63,6 +65,8 @@ class PrismConfig:
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of RGB in [0, 1], subtracted from the input
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     official: bool = False  # arithmetic of the released code, for its checkpoints
+    student: str = "prism"  # which of STUDENTS `build` makes: prism, sak, or a control: dense, wide, moe
+    without: tuple[str, ...] = ()  # ablations of prism: parts of PARTS that are left out
 
 
 SIZES = {
@@ -73,6 +77,13 @@ SIZES = {
     "small": PrismConfig(),
     "base": PrismConfig(dim=768, heads=12),
     "large": PrismConfig(dim=1024, depth=24, heads=16, moe_blocks=(5, 11, 17, 23)),
+}
+
+PARTS = {  # what `without` may leave out of the dual stream
+    "anchor": "the dense stream, and the gate with it",
+    "shared": "the expert that takes every token",
+    "film": "FiLM: the context's embedding is concatenated to the router's input instead",
+    "context": "all that the router hears of the context",
 }
 
 # -------------------------------------------------------------------------------------- attention, MLP
@@ -140,7 +151,11 @@ class Router(nn.Module):
     def __init__(self, cfg: PrismConfig):
         super().__init__()
         self.cfg = cfg
-        self.film = nn.Linear(cfg.dim, 2 * cfg.dim)
+        self.film = self.concatenated = None
+        if "film" in cfg.without:
+            self.concatenated = nn.Linear(cfg.dim, cfg.experts, bias=False)
+        elif "context" not in cfg.without:
+            self.film = nn.Linear(cfg.dim, 2 * cfg.dim)
         self.logits = nn.Linear(cfg.dim, cfg.experts)
         self.noise = nn.Linear(cfg.dim, cfg.experts)
         if cfg.official:
@@ -148,17 +163,21 @@ class Router(nn.Module):
 
     def modulate(self, u: Tensor, context: Tensor) -> Tensor:
         """FiLM: gamma and beta are one row per image, never per token."""
+        if self.film is None:
+            return u
         gamma, beta = self.film(context).unsqueeze(1).chunk(2, dim=-1)  # (R, 1, D) each
         if self.cfg.official:
             return u + torch.sigmoid(self.film_gate(u)) * (gamma * u + beta)
         return (1 + gamma) * u + beta
 
-    def forward(self, u: Tensor, context: Tensor, gate: Tensor) -> Route:
-        """Route tokens u (R, N, D) under context embeddings (R, D); gate only passes through."""
+    def forward(self, u: Tensor, context: Tensor | None, gate: Tensor) -> Route:
+        """Route tokens u (R, N, D) under context embeddings (R, D) or none; gate only passes through."""
         cfg = self.cfg
         with torch.autocast(u.device.type, enabled=False):  # ties in bf16 logits would route differently
-            z = self.modulate(u.to(context.dtype), context)  # (R, N, D)
+            z = self.modulate(u.to(self.logits.weight.dtype), context)  # (R, N, D)
             logits = self.logits(z)  # (R, N, E)
+            if self.concatenated is not None:  # W [z, c] = W_z z + W_c c
+                logits = logits + self.concatenated(context).unsqueeze(1)
             if self.training:  # both only break the symmetry of experts that start as equal copies
                 hidden = torch.rand_like(logits) < cfg.expert_drop
                 noise = torch.randn_like(logits) * F.softplus(self.noise(z)) * cfg.router_noise
@@ -377,26 +396,32 @@ class DualStreamBlock(nn.Module):
         self.norm1 = nn.LayerNorm(cfg.dim, eps=1e-6)
         self.attn = Attention(cfg.dim, cfg.heads)
         self.norm2 = nn.LayerNorm(cfg.dim, eps=1e-6)
-        self.gate = nn.Linear(cfg.dim, 1)
-        self.anchor = MLP(cfg.dim, int(cfg.dim * cfg.mlp_ratio))
-        self.shared = MLP(cfg.dim, hidden)
+        self.gate = self.anchor = self.shared = None
+        if "anchor" not in cfg.without:
+            self.gate, self.anchor = nn.Linear(cfg.dim, 1), MLP(cfg.dim, int(cfg.dim * cfg.mlp_ratio))
+        if "shared" not in cfg.without:
+            self.shared = MLP(cfg.dim, hidden)
         self.router = Router(cfg)
         self.experts = Experts(cfg.experts, cfg.dim, hidden, cfg.official)
 
-    def forward(self, x: Tensor, context: Tensor) -> tuple[Tensor, Route]:
-        """Map x (B, N, D) under context embeddings (R, D) to (R, N, D), R = contexts * B.
+    def forward(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Route]:
+        """Map x (B, N, D) under context embeddings (R, D) to (R, N, D), R = contexts * B; None: R = B.
 
         Where contexts share their tokens (the first such block), attention, gate, anchor and shared
         expert run on B rows, and only router and experts on R.
         """
         return self.streams(x + self.attn(self.norm1(x)), context)
 
-    def streams(self, x: Tensor, context: Tensor) -> tuple[Tensor, Route]:
+    def streams(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Route]:
         """Add anchor and experts to x: the block without its attention."""
         u = self.norm2(x)  # (B, N, D), the one input of gate, anchor, router and experts
-        lam = self.gate_min + (1 - self.gate_min) * torch.sigmoid(self.gate(u))  # (B, N, 1)
-        x = x + lam * self.anchor(u) + (1 - lam) * self.shared(u)
-        copies = len(context) // len(x)
+        lam = u.new_zeros(*u.shape[:2], 1)  # (B, N, 1)
+        if self.anchor is not None:
+            lam = self.gate_min + (1 - self.gate_min) * torch.sigmoid(self.gate(u))
+            x = x + lam * self.anchor(u)
+        if self.shared is not None:
+            x = x + (1 - lam) * self.shared(u)
+        copies = 1 if context is None else len(context) // len(x)
         x, u, rest = (repeat(t, "b n d -> (c b) n d", c=copies) for t in (x, u, 1 - lam))  # (R, N, D)
         route = self.router(u, context, lam.squeeze(-1))
         routed = self.experts(u.flatten(0, 1), route.topk_idx.flatten(0, 1), route.topk_w.flatten(0, 1))
@@ -507,9 +532,13 @@ def shifted_bilinear(n: int, m: int, like: Tensor) -> Tensor:
     return torch.stack([padded[i : i + m] for i in range(3)]).to(like.dtype)
 
 
-def projector(dim: int, width: int) -> nn.Sequential:
-    """Build the map from student tokens of one level to one teacher's width."""
-    return nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, width))
+def make_projectors(cfg: PrismConfig) -> nn.ModuleDict:
+    """Build the maps from the student's tokens to each teacher's width, one per level."""
+    D = cfg.dim
+    return nn.ModuleDict({
+        name: nn.ModuleList(nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, width)) for _ in range(4))
+        for name, width in cfg.teachers.items()
+    })
 
 
 # ---------------------------------------------------------------------------------------------- PRISM
@@ -524,62 +553,32 @@ class Output(NamedTuple):
     routes: list[Route]  # one per MoE block
 
 
-class Prism(nn.Module):
-    """The student: a ViT whose MoE blocks listen to a context."""
+class Student(nn.Module):
+    """What Prism and SAK share: the way from images to tokens, and the public methods."""
+
+    kind = ""  # the config's `student`
 
     def __init__(self, cfg: PrismConfig):
         super().__init__()
-        self.cfg = cfg
+        self.cfg = cfg = replace(cfg, student=self.kind)
         check_config(cfg)
         self.contexts = [*cfg.teachers, *cfg.tasks]
         self.patch_embed = nn.Conv2d(3, cfg.dim, cfg.patch, cfg.patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + cfg.grid[0] * cfg.grid[1], cfg.dim))
-        hidden = int(cfg.dim * cfg.mlp_ratio)
-        self.blocks = nn.ModuleList(
-            DualStreamBlock(cfg) if i in cfg.moe_blocks else Block(cfg.dim, cfg.heads, hidden)
-            for i in range(cfg.depth)
-        )
-        self.norm = nn.LayerNorm(cfg.dim, eps=1e-6)
-        self.teacher_embed = nn.Parameter(torch.zeros(len(cfg.teachers), cfg.dim)) if cfg.teachers else None
-        self.task_embed = nn.Parameter(torch.zeros(len(cfg.tasks), cfg.dim)) if cfg.tasks else None
-        self.projectors = nn.ModuleDict({
-            name: nn.ModuleList(projector(cfg.dim, width) for _ in range(4))
-            for name, width in cfg.teachers.items()
-        })
-        self.heads = nn.ModuleDict({task: Head(cfg.dim, channels) for task, channels in cfg.tasks.items()})
         self.register_buffer("mean", torch.tensor(cfg.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(cfg.std).view(3, 1, 1), persistent=False)
-        self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Start as a plain ViT whose experts are copies of the anchor and whose router hears nothing."""
+        """Start as ViTs do; a norm starts as it was made, at (1, 0)."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
-        for p in (self.cls_token, self.pos_embed, self.teacher_embed, self.task_embed):
-            if p is not None:
-                nn.init.trunc_normal_(p, std=0.02)
-        for i in self.cfg.moe_blocks:
-            block = self.blocks[i]
-            nn.init.zeros_(block.router.film.weight)
-            start = (self.cfg.gate_start - block.gate_min) / (1 - block.gate_min)
-            nn.init.constant_(block.gate.bias, math.log(start / (1 - start)))
-        self.copy_anchors()
-
-    @torch.no_grad()
-    def copy_anchors(self) -> None:
-        """Make shared and routed experts copies of their block's anchor (not the narrower lite ones)."""
-        if self.cfg.expert_ratio != self.cfg.mlp_ratio:
-            return
-        for block in (self.blocks[i] for i in self.cfg.moe_blocks):
-            block.shared.load_state_dict(block.anchor.state_dict())
-            experts, (fc1, _, fc2) = block.experts, block.anchor
-            for stacked, p in ((experts.w1, fc1.weight), (experts.b1, fc1.bias),
-                               (experts.w2, fc2.weight), (experts.b2, fc2.bias)):
-                stacked.copy_(p.expand_as(stacked))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for p in (self.cls_token, self.pos_embed):
+            nn.init.trunc_normal_(p, std=0.02)
 
     def expect(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Set what is subtracted from RGB in [0, 1] and what divides it: as initial weights want it."""
@@ -599,34 +598,6 @@ class Prism(nn.Module):
         pos = resize_pos(self.pos_embed, self.cfg.grid, (H // patch, W // patch))
         return torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + pos  # (B, N, D)
 
-    def trunk(self, images: Tensor, context_ids: Tensor) -> tuple[list[Tensor], list[Route]]:
-        """Run all blocks once for all contexts.
-
-        images (B, 3, H, W) RGB in [0, 1]; context_ids (R,) int64 into `contexts`, R a multiple of B.
-        Returns 4 levels (R, D, h, w), normed, without cls, and one Route per MoE block.
-        """
-        x = self.embed(images)  # (B, N, D)
-        h, w = (side // self.cfg.patch for side in images.shape[-2:])
-        table = torch.cat([e for e in (self.teacher_embed, self.task_embed) if e is not None])
-        context = table[context_ids.to(table.device, non_blocking=True)]  # (R, D)
-        levels, routes = [], []
-        for i, block in enumerate(self.blocks):
-            if i not in self.cfg.moe_blocks:
-                x = block(x)
-                continue
-            x, route = block(x, context)  # (R, N, D) from the first one on
-            levels.append(rearrange(self.norm(x)[:, 1:], "r (h w) d -> r d h w", h=h, w=w))
-            routes.append(route)
-        return levels, routes
-
-    def compile_parts(self) -> None:
-        """Compile every block and head by itself: short compile times, and DDP can send the gradients of
-        one block while the next is computed."""
-        for block in self.blocks:
-            block.compile(fullgraph=True, dynamic=False)
-        for head in self.heads.values():
-            head.compile(dynamic=False)
-
     def context_ids(self, names: str | Sequence[str], B: int) -> Tensor:
         """Look up one name for all B images, or one each; returns (B,) int64."""
         names = [names] * B if isinstance(names, str) else list(names)
@@ -636,6 +607,117 @@ class Prism(nn.Module):
         if len(names) != B:
             raise ValueError(f"{len(names)} contexts for {B} images; give one name, or one per image")
         return torch.tensor([self.contexts.index(name) for name in names])
+
+    def project(self, levels: list[Tensor], teacher_ids: Tensor) -> dict[str, list[Tensor]]:
+        """Map each image's levels to its own teacher's width. A teacher without an image in the batch
+        gets empty maps, which keep its projectors in the graph on every rank."""
+        distilled = {}
+        for i, (name, projectors) in enumerate(self.projectors.items()):
+            rows = torch.where(teacher_ids == i)[0].to(levels[0].device, non_blocking=True)
+            tokens = [rearrange(level[rows], "b d h w -> b h w d") for level in levels]
+            maps = [p(t) for p, t in zip(projectors, tokens, strict=True)]
+            distilled[name] = [rearrange(m, "b h w d -> b d h w") for m in maps]
+        return distilled
+
+    def compile_parts(self) -> None:
+        """Compile every block and head by itself: short compile times, and DDP can send the gradients of
+        one block while the next is computed."""
+        for block in self.blocks:
+            block.compile(fullgraph=True, dynamic=False)
+        for head in self.heads.values():
+            head.compile(dynamic=False)
+
+    def distill(self, images: Tensor, teacher_ids: Tensor) -> dict[str, list[Tensor]]:
+        """Imitate teachers: {teacher: 4 x (B_t, D_t, h, w)}, rows in batch order.
+
+        images (B, 3, H, W) RGB in [0, 1]; teacher_ids (B,) int64 into cfg.teachers; SAK also takes
+        (B, K), K teachers for every image.
+        """
+        return self(images, teacher_ids).distilled
+
+    def predict(self, images: Tensor, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Solve all tasks in one pass: {task: (B, C_task, H, W)}, raw outputs.
+
+        Logits (semseg, human_parts, sal with 2 channels, edge with 1), unnormalised normals (3), metres
+        (depth, 1). images (B, 3, H, W) RGB in [0, 1]. Raises ValueError for a task without a head.
+        """
+        tasks = list(self.cfg.tasks if tasks is None else tasks)
+        if unknown := [task for task in tasks if task not in self.cfg.tasks]:
+            known = ", ".join(self.cfg.tasks) or "no task (stage 1): run train.py --stage recompose"
+            raise ValueError(f"no head for {', '.join(unknown)}; this student has heads for {known}")
+        return self(images, tasks=tasks).predicted
+
+
+class Prism(Student):
+    """The student: a ViT whose MoE blocks listen to a context."""
+
+    kind = "prism"
+
+    def __init__(self, cfg: PrismConfig):
+        super().__init__(cfg)
+        hidden = int(cfg.dim * cfg.mlp_ratio)
+        self.blocks = nn.ModuleList(
+            DualStreamBlock(cfg) if i in cfg.moe_blocks else Block(cfg.dim, cfg.heads, hidden)
+            for i in range(cfg.depth)
+        )
+        self.norm = nn.LayerNorm(cfg.dim, eps=1e-6)
+        heard = "context" not in cfg.without
+        for word, names in (("teacher_embed", cfg.teachers), ("task_embed", cfg.tasks)):
+            setattr(self, word, nn.Parameter(torch.zeros(len(names), cfg.dim)) if names and heard else None)
+        self.projectors = make_projectors(cfg)
+        self.heads = nn.ModuleDict({task: Head(cfg.dim, channels) for task, channels in cfg.tasks.items()})
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Start as a plain ViT whose experts are copies of the anchor and whose router hears nothing."""
+        super().init_weights()
+        for p in (self.teacher_embed, self.task_embed):
+            if p is not None:
+                nn.init.trunc_normal_(p, std=0.02)
+        for block in (self.blocks[i] for i in self.cfg.moe_blocks):
+            if block.router.film is not None:
+                nn.init.zeros_(block.router.film.weight)
+            if block.gate is not None:
+                start = (self.cfg.gate_start - block.gate_min) / (1 - block.gate_min)
+                nn.init.constant_(block.gate.bias, math.log(start / (1 - start)))
+        self.copy_anchors()
+
+    @torch.no_grad()
+    def copy_anchors(self) -> None:
+        """Make shared and routed experts copies of their block's anchor (not the narrower lite ones)."""
+        if self.cfg.expert_ratio != self.cfg.mlp_ratio:
+            return
+        for block in (self.blocks[i] for i in self.cfg.moe_blocks):
+            experts, model = block.experts, block.anchor or block.shared
+            if block.anchor and block.shared:
+                block.shared.load_state_dict(block.anchor.state_dict())
+            first = [p[0] for p in experts.parameters()]  # w1, b1, w2, b2 of one expert
+            for stacked, p in zip(experts.parameters(), model.parameters() if model else first, strict=True):
+                stacked.copy_(p.clone().expand_as(stacked))
+
+    def trunk(self, images: Tensor, context_ids: Tensor) -> tuple[list[Tensor], list[Route]]:
+        """Run all blocks once for all contexts.
+
+        images (B, 3, H, W) RGB in [0, 1]; context_ids (R,) int64 into `contexts`, R a multiple of B.
+        Returns 4 levels (R, D, h, w), normed, without cls, and one Route per MoE block.
+        """
+        x = self.embed(images)  # (B, N, D)
+        h, w = (side // self.cfg.patch for side in images.shape[-2:])
+        tables = [e for e in (self.teacher_embed, self.task_embed) if e is not None]
+        ids = context_ids.to(x.device, non_blocking=True)
+        context = torch.cat(tables)[ids] if tables else None  # (R, D)
+        levels, routes = [], []
+        for i, block in enumerate(self.blocks):
+            if i not in self.cfg.moe_blocks:
+                x = block(x)
+                continue
+            x, route = block(x, context)  # (R, N, D) from the first one on
+            levels.append(rearrange(self.norm(x)[:, 1:], "r (h w) d -> r d h w", h=h, w=w))
+            routes.append(route)
+        if context is None:  # nobody heard it: all contexts share one pass
+            levels = [level.repeat(len(context_ids) // len(images), 1, 1, 1) for level in levels]
+        return levels, routes
 
     def forward(self, images: Tensor, teacher_ids: Tensor | None = None, tasks: Sequence[str] = ()) -> Output:
         """Run every context of a training step in one batched pass.
@@ -656,17 +738,6 @@ class Prism(nn.Module):
         levels = [level[-B:] for level in levels]
         return Output(self.project(levels, teacher_ids), predicted, levels, routes)
 
-    def project(self, levels: list[Tensor], teacher_ids: Tensor) -> dict[str, list[Tensor]]:
-        """Map each image's levels to its own teacher's width. A teacher without an image in the batch
-        gets empty maps, which keep its projectors in the graph on every rank."""
-        distilled = {}
-        for i, (name, projectors) in enumerate(self.projectors.items()):
-            rows = torch.where(teacher_ids == i)[0].to(levels[0].device, non_blocking=True)
-            tokens = [rearrange(level[rows], "b d h w -> b h w d") for level in levels]
-            maps = [p(t) for p, t in zip(projectors, tokens, strict=True)]
-            distilled[name] = [rearrange(m, "b h w d -> b d h w") for m in maps]
-        return distilled
-
     def features(self, images: Tensor, context: str | Sequence[str]) -> list[Tensor]:
         """Return 4 levels (B, D, h, w) of RGB images in [0, 1] (B, 3, H, W) under a teacher or task.
 
@@ -674,35 +745,240 @@ class Prism(nn.Module):
         """
         return self.trunk(images, self.context_ids(context, len(images)))[0]
 
-    def distill(self, images: Tensor, teacher_ids: Tensor) -> dict[str, list[Tensor]]:
-        """Imitate teachers: {teacher: 4 x (B_t, D_t, h, w)}, rows in batch order.
-
-        images (B, 3, H, W) RGB in [0, 1]; teacher_ids (B,) int64 into cfg.teachers.
-        """
-        return self(images, teacher_ids).distilled
-
-    def predict(self, images: Tensor, tasks: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Solve all tasks in one pass: {task: (B, C_task, H, W)}, raw outputs.
-
-        Logits (semseg, human_parts, sal with 2 channels, edge with 1), unnormalised normals (3), metres
-        (depth, 1). images (B, 3, H, W) RGB in [0, 1]. Raises ValueError for a task without a head.
-        """
-        tasks = list(self.cfg.tasks if tasks is None else tasks)
-        if unknown := [task for task in tasks if task not in self.cfg.tasks]:
-            known = ", ".join(self.cfg.tasks) or "no task (stage 1): run train.py --stage recompose"
-            raise ValueError(f"no head for {', '.join(unknown)}; this student has heads for {known}")
-        return self(images, tasks=tasks).predicted
-
     def route(self, images: Tensor, context: str | Sequence[str]) -> list[Route]:
         """Return what the router of each MoE block decides under a teacher or task."""
         return self.trunk(images, self.context_ids(context, len(images)))[1]
 
 
+class MoE(Prism):
+    """A control: routed experts in place of the MLP, and no word of the context."""
+
+    kind = "moe"
+
+    def __init__(self, cfg: PrismConfig):
+        super().__init__(replace(cfg, without=("anchor", "shared", "context")))
+
+
+class Dense(Student):
+    """A control: a plain ViT that hears no context; teachers through projectors, tasks through heads."""
+
+    kind = "dense"
+
+    def __init__(self, cfg: PrismConfig):
+        super().__init__(cfg)
+        self.blocks = nn.ModuleList(
+            Block(cfg.dim, cfg.heads, self.hidden(i)) for i in range(cfg.depth)
+        )
+        self.norm = nn.LayerNorm(cfg.dim, eps=1e-6)
+        self.projectors = make_projectors(cfg)
+        self.heads = nn.ModuleDict({task: Head(cfg.dim, channels) for task, channels in cfg.tasks.items()})
+        self.init_weights()
+
+    def hidden(self, block: int) -> int:
+        """Return the hidden width of a block's MLP."""
+        return int(self.cfg.dim * self.cfg.mlp_ratio)
+
+    def trunk(self, images: Tensor) -> list[Tensor]:
+        """Return 4 levels (B, D, h, w) of RGB images in [0, 1] (B, 3, H, W), normed, without cls."""
+        x, levels = self.embed(images), []  # (B, N, D)
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i in self.cfg.moe_blocks:
+                h = images.shape[-2] // self.cfg.patch
+                levels.append(rearrange(self.norm(x)[:, 1:], "b (h w) d -> b d h w", h=h))
+        return levels
+
+    def forward(self, images: Tensor, teacher_ids: Tensor | None = None, tasks: Sequence[str] = ()) -> Output:
+        """Run the trunk once for all; arguments as PRISM's."""
+        levels = self.trunk(images)
+        predicted = {task: self.heads[task](levels, images.shape[-2:]) for task in tasks}
+        if teacher_ids is None:
+            return Output({}, predicted, [], [])
+        return Output(self.project(levels, teacher_ids), predicted, levels, [])
+
+    def features(self, images: Tensor, context: str | Sequence[str]) -> list[Tensor]:
+        """Return 4 levels (B, D, h, w), the same under every context. Raises ValueError for unknown ones."""
+        self.context_ids(context, len(images))
+        return self.trunk(images)
+
+
+class Wide(Dense):
+    """A control: the MoE blocks' MLPs as wide as all that is active in PRISM's: anchor, shared, K experts."""
+
+    kind = "wide"
+
+    def hidden(self, block: int) -> int:
+        """Return the hidden width of a block's MLP."""
+        cfg = self.cfg
+        extra = (1 + cfg.top_k) * cfg.expert_ratio if block in cfg.moe_blocks else 0
+        return int(cfg.dim * (cfg.mlp_ratio + extra))
+
+
+# ------------------------------------------------------------------------------------------------ SAK
+
+
+class Adapter(nn.Module):
+    """A bottleneck with a learned scale on all tokens: z + s * up(gelu(down(z)))."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.down = nn.Linear(dim, dim // 4)
+        self.up = nn.Linear(dim // 4, dim)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z + self.scale * self.up(F.gelu(self.down(z)))
+
+
+class Mixer(nn.Module):
+    """SAK's router of one level and task: a convex mix of the stem and all paths.
+
+    The logits are one vector per image, the noise on them in training one per patch (released code).
+    """
+
+    LEAST_NOISE = 0.01  # released code
+
+    def __init__(self, dim: int, sources: int):
+        super().__init__()
+        self.score = nn.Sequential(
+            nn.Linear(dim, dim // 2), nn.LayerNorm(dim // 2), nn.GELU(), nn.Linear(dim // 2, 2 * sources),
+        )
+
+    def gates(self, stem: Tensor) -> Tensor:
+        """Weigh the S sources by the stem's patches (B, n, D): (B, n, S) in training, else (B, 1, S)."""
+        logits, spread = self.score(stem).mean(1, keepdim=True).chunk(2, dim=-1)  # (B, 1, S) each
+        if self.training:
+            noise = torch.randn_like(logits.expand(-1, stem.shape[1], -1))  # (B, n, S)
+            logits = logits + noise * (F.softplus(spread) + self.LEAST_NOISE)
+        return logits.softmax(-1)
+
+    def forward(self, stem: Tensor, paths: list[Tensor]) -> Tensor:
+        """Mix the stem and the paths, (B, n, D) each; returns (B, n, D)."""
+        gates = self.gates(stem).unbind(-1)  # S x (B, n or 1)
+        return sum(gate.unsqueeze(-1) * x for gate, x in zip(gates, [stem, *paths], strict=True))
+
+
+class SAK(Student):
+    """The baseline: a plain ViT as stem, a path of adapters per teacher, and per task a mix of them all.
+
+    With x_i the tokens after block i of the stem, x_0 its input, teacher k's path is
+    R_0 = A_0(x_0), R_i = A_i(R_{i-1} + x_i); nothing flows back. Its levels are normed, the stem's raw.
+    Every image can serve every teacher in one pass, since only the small paths differ.
+    """
+
+    kind = "sak"
+
+    def __init__(self, cfg: PrismConfig):
+        super().__init__(cfg)
+        hidden, taps = int(cfg.dim * cfg.mlp_ratio), range(len(cfg.moe_blocks))
+        self.blocks = nn.ModuleList(Block(cfg.dim, cfg.heads, hidden) for _ in range(cfg.depth))
+        self.adapters = nn.ModuleDict({
+            name: nn.ModuleList(Adapter(cfg.dim) for _ in range(cfg.depth + 1)) for name in cfg.teachers
+        })
+        self.out_norms = nn.ModuleDict({
+            name: nn.ModuleList(nn.LayerNorm(cfg.dim, eps=1e-5) for _ in taps) for name in cfg.teachers
+        })
+        self.aligners = nn.ModuleDict({
+            name: nn.ModuleList(nn.Linear(cfg.dim, width) for _ in taps)
+            for name, width in cfg.teachers.items() if width != cfg.dim
+        })
+        self.mixers = nn.ModuleDict({
+            task: nn.ModuleList(Mixer(cfg.dim, 1 + len(cfg.teachers)) for _ in taps) for task in cfg.tasks
+        })
+        self.heads = nn.ModuleDict({task: Head(cfg.dim, channels) for task, channels in cfg.tasks.items()})
+        self.init_weights()
+
+    def trunk(self, images: Tensor) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
+        """Run the stem with all paths beside it, once.
+
+        images (B, 3, H, W) RGB in [0, 1]. Returns patch tokens (B, n, D), without cls: 4 levels of the
+        stem, raw, and per teacher 4 levels of its path, normed.
+        """
+        x, stem = self.embed(images), []  # (B, N, D)
+        path = {name: chain[0](x) for name, chain in self.adapters.items()}
+        paths = {name: [] for name in path}
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            path = {name: chain[i + 1](path[name] + x) for name, chain in self.adapters.items()}
+            if i in self.cfg.moe_blocks:
+                for name, norms in self.out_norms.items():
+                    paths[name].append(norms[len(stem)](path[name][:, 1:]))
+                stem.append(x[:, 1:])
+        return stem, paths
+
+    def mix(self, task: str, stem: list[Tensor], paths: dict[str, list[Tensor]]) -> list[Tensor]:
+        """Mix what `trunk` returns for a task; returns 4 levels (B, n, D)."""
+        beside = zip(*paths.values(), strict=True) if paths else [()] * len(stem)
+        return [mixer(x, list(p)) for mixer, x, p in zip(self.mixers[task], stem, beside, strict=True)]
+
+    def align(self, paths: dict[str, list[Tensor]], teacher_ids: Tensor) -> dict[str, list[Tensor]]:
+        """Pick the images of each teacher, and map its path to its width where that differs; returns
+        {teacher: 4 x (B_t, n, D_t)}. Empty maps keep a teacher without an image in the graph."""
+        aligned = {}
+        for i, (name, levels) in enumerate(paths.items()):
+            rows = torch.where(teacher_ids == i)[0].to(levels[0].device, non_blocking=True)
+            levels = [level[rows] for level in levels]
+            if name in self.aligners:
+                levels = [a(level) for a, level in zip(self.aligners[name], levels, strict=True)]
+            aligned[name] = levels
+        return aligned
+
+    def as_maps(self, levels: Sequence[Tensor], images: Tensor) -> list[Tensor]:
+        """Lay patch tokens (B, n, D) out as maps (B, D, h, w) of the images' patches."""
+        h = images.shape[-2] // self.cfg.patch
+        return [rearrange(level, "b (h w) d -> b d h w", h=h) for level in levels]
+
+    def forward(self, images: Tensor, teacher_ids: Tensor | None = None, tasks: Sequence[str] = ()) -> Output:
+        """Run stem and paths once, and what teachers and tasks ask of them.
+
+        images (B, 3, H, W) RGB in [0, 1]; teacher_ids int64 (B,), one teacher per image, or (B, K), K
+        teachers per image (all: `torch.arange(K).expand(B, K)`), or None. Levels and routes stay empty.
+        """
+        stem, paths = self.trunk(images)
+        predicted = {
+            task: self.heads[task](self.as_maps(self.mix(task, stem, paths), images), images.shape[-2:])
+            for task in tasks
+        }
+        aligned = {} if teacher_ids is None else self.align(paths, teacher_ids)
+        return Output({name: self.as_maps(levels, images) for name, levels in aligned.items()},
+                      predicted, [], [])
+
+    def features(self, images: Tensor, context: str | Sequence[str]) -> list[Tensor]:
+        """Return 4 levels (B, D, h, w) of RGB images in [0, 1] (B, 3, H, W): under a teacher its path, not
+        aligned, under a task what its mixers make.
+
+        context: one name for all images, or B names. Raises ValueError for an unknown name.
+        """
+        names = [self.contexts[i] for i in self.context_ids(context, len(images)).tolist()]
+        stem, paths = self.trunk(images)
+        levels = {n: paths[n] if n in paths else self.mix(n, stem, paths) for n in set(names)}
+        rows = zip(*([level[i] for level in levels[n]] for i, n in enumerate(names)), strict=True)
+        return self.as_maps([torch.stack(level) for level in rows], images)
+
+
+STUDENTS = {kind.kind: kind for kind in (Prism, SAK, Dense, Wide, MoE)}
+
+
+def build(cfg: PrismConfig) -> Student:
+    """Make the new student that cfg describes. Raises ValueError."""
+    check_config(cfg)
+    return STUDENTS[cfg.student](cfg)
+
+
 def check_config(cfg: PrismConfig) -> None:
     """Raise ValueError where sizes do not fit together."""
+    if cfg.student not in STUDENTS:
+        raise ValueError(f"student {cfg.student!r} is not known; use {' or '.join(STUDENTS)}")
     if len(cfg.moe_blocks) != 4 or max(cfg.moe_blocks) >= cfg.depth:
         raise ValueError(f"moe_blocks {cfg.moe_blocks} must be four of the {cfg.depth} blocks, from 0")
-    if not 1 <= cfg.top_k <= cfg.experts <= 255:
+    if cfg.student == "sak" and max(cfg.moe_blocks) != cfg.depth - 1:
+        raise ValueError(f"moe_blocks {cfg.moe_blocks} of {cfg.student} must include the last of the "
+                         f"{cfg.depth} blocks, {cfg.depth - 1}: nothing would train what comes after them")
+    if unknown := [part for part in cfg.without if part not in PARTS]:
+        raise ValueError(f"without {', '.join(unknown)}: not known; parts are {', '.join(PARTS)}")
+    if cfg.without and cfg.student not in ("prism", "moe"):
+        raise ValueError(f"without {', '.join(cfg.without)}: {cfg.student} has no such parts; use prism")
+    if cfg.student in ("prism", "moe") and not 1 <= cfg.top_k <= cfg.experts <= 255:
         raise ValueError(f"top_k {cfg.top_k} of {cfg.experts} experts; need 1 <= top_k <= experts <= 255")
     if cfg.dim % cfg.heads or cfg.dim % 4 or cfg.patch % 4:
         raise ValueError(f"dim {cfg.dim}, heads {cfg.heads}, patch {cfg.patch}: dim must be a multiple of "
@@ -750,7 +1026,8 @@ def write_checkpoint(path: str | Path, content: dict) -> None:
 def read_checkpoint(path: str | Path) -> dict:
     """Read a checkpoint of ours: model, config, and in training ones optimizer, step, seed, provenance.
 
-    Raises FileNotFoundError or ValueError with what to do.
+    A released file of SAK comes back as model and config in our names. Raises FileNotFoundError or
+    ValueError with what to do.
     """
     path = Path(path)
     if not path.is_file():
@@ -762,10 +1039,89 @@ def read_checkpoint(path: str | Path) -> dict:
         why = "no file of plain weights" if isinstance(error, pickle.UnpicklingError) else one_line(error)
         raise ValueError(f"checkpoint {path} cannot be read ({why}); it is damaged or no checkpoint: "
                          "train again or name another") from error
+    if isinstance(content, dict) and "config" not in content and is_released_sak(content.get("model")):
+        cfg, state = sak_from_released(content["model"], path)
+        return {"model": state, "config": asdict(cfg)}
     if not isinstance(content, dict) or not {"model", "config"} <= content.keys():
         raise ValueError(f"checkpoint {path} holds no model and config of ours; name a file that "
-                         "train.py or prism.save wrote")
+                         "train.py or prism.save wrote, or one that SAK's authors released")
     return content
+
+
+RELEASED_TEACHERS = ("dinov2", "clip", "sam")  # in the order of the released configs: that of the gates
+RELEASED_TASKS = ("semseg", "human_parts", "normals", "edge", "sal", "depth")
+RELEASED_SAK = tuple((re.compile(theirs), ours) for theirs, ours in (  # {n}: what group n matched
+    (r"vit\.(cls_token|pos_embed)", "{1}"),
+    (r"vit\.patch_embed\.proj\.(weight|bias)", "patch_embed.{1}"),
+    (r"vit\.(blocks\.\d+\.(?:norm1|norm2|attn\.qkv|attn\.proj)\.(?:weight|bias))", "{1}"),
+    (r"vit\.(blocks\.\d+\.mlp)\.fc1\.(weight|bias)", "{1}.0.{2}"),
+    (r"vit\.(blocks\.\d+\.mlp)\.fc2\.(weight|bias)", "{1}.2.{2}"),
+    (r"tsap\.(\w+\.\d+\.(?:scale|(?:down|up)\.(?:weight|bias)))", "adapters.{1}"),
+    (r"out_norms\.(?P<tap>\d+)_(\w+)\.(weight|bias)", "out_norms.{2}.{tap}.{3}"),
+    (r"ts_aligners\.(?P<tap>\d+)_(\w+)\.(weight|bias)", "aligners.{2}.{tap}.{3}"),
+    (r"mor\.(?P<tap>\d+)_(\w+)\.router\.module\.(\d)\.(weight|bias)", "mixers.{2}.{tap}.score.{3}.{4}"),
+    (r"heads\.(\w+)\.linears\.(\d)\.(weight|bias)", "heads.{1}.linears.{2}.{3}"),
+    (r"heads\.(\w+)\.linear_fuse\.(\d)\.(\w+)", "heads.{1}.fuse.{2}.{3}"),
+    (r"heads\.(\w+)\.last_conv\.(weight|bias)", "heads.{1}.last.{2}"),
+))
+
+
+def is_released_sak(state: object) -> bool:
+    """Tell by its keys whether this is a state dict of SAK's released code, of either stage."""
+    return isinstance(state, dict) and any(re.match(r"(backbone\.)?tsap\.", str(key)) for key in state)
+
+
+def sak_from_released(state: dict[str, Tensor], path: str | Path) -> tuple[PrismConfig, dict[str, Tensor]]:
+    """Give a state dict of SAK's released code our names, and infer its config from keys and shapes.
+
+    Stage 2 has one more `backbone.` in front. Without aligners (dropped, or teachers as wide as the stem)
+    a teacher gets the stem's width. Raises ValueError for a key too many or too few, by name.
+    """
+    taps = sorted({int(m[1]) for key in state if (m := re.match(r"(?:backbone\.)?out_norms\.(\d+)_", key))})
+    renamed = {released_name(key, taps, path): value for key, value in state.items()}
+    cfg = config_of_released(renamed, tuple(taps), path)
+    with torch.device("meta"):
+        own = SAK(cfg).state_dict()
+    if wrong := sorted(own.keys() ^ renamed.keys()):
+        word = "missing" if wrong[0] in own else "unknown"
+        raise ValueError(f"released weights {path} do not fit SAK ({len(wrong)} keys differ, first {word}, "
+                         f"in our names, {wrong[0]}); use the whole file")
+    return cfg, renamed
+
+
+def released_name(key: str, taps: list[int], path: str | Path) -> str:
+    """Translate one key of SAK's released code; its blocks `taps` count 0..3 here. Raises ValueError."""
+    for theirs, ours in RELEASED_SAK:
+        if m := theirs.fullmatch(key.removeprefix("backbone.")):
+            block = int(m.groupdict().get("tap", -1))
+            tap = taps.index(block) if block in taps else block
+            return ours.format(m[0], *m.groups(), tap=tap)
+    raise ValueError(f"released weights {path} have the unknown key {key}; expected are those of SAK's code "
+                     "(vit, tsap, out_norms, ts_aligners, mor, heads)")
+
+
+def config_of_released(state: dict[str, Tensor], taps: tuple[int, ...], path: str | Path) -> PrismConfig:
+    """Infer the config of SAK weights in our names from their shapes. Raises ValueError."""
+    def shape(key: str) -> torch.Size:
+        if key not in state:
+            raise ValueError(f"released weights {path} lack {key} (our name); use the whole file")
+        return state[key].shape
+
+    dim, patches = shape("cls_token")[-1], shape("pos_embed")[1] - 1
+    grid = (28, 36) if patches == 28 * 36 else (math.isqrt(patches),) * 2  # 448 x 576 px: NYUD
+    if math.prod(grid) != patches:
+        raise ValueError(f"released weights {path}: a position table of {patches} patches is neither square "
+                         "nor 28 x 36; resize it to one of these")
+    blocks = {int(key.split(".")[1]) for key in state if key.startswith("blocks.")}
+    widths = {t: shape(f"aligners.{t}.0.bias")[0] if f"aligners.{t}.0.bias" in state else dim
+              for t in RELEASED_TEACHERS if f"adapters.{t}.0.scale" in state}
+    tasks = {t: shape(f"heads.{t}.last.weight")[0]
+             for t in RELEASED_TASKS if any(key.startswith(f"heads.{t}.") for key in state)}
+    return PrismConfig(
+        dim=dim, depth=len(blocks), heads=max(1, dim // 64), patch=shape("patch_embed.weight")[-1], grid=grid,
+        moe_blocks=taps, mlp_ratio=shape("blocks.0.mlp.0.weight")[0] / dim, teachers=widths, tasks=tasks,
+        mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), official=True, student="sak",
+    )
 
 
 def config_from(stored: dict, path: str | Path) -> PrismConfig:
@@ -777,11 +1133,14 @@ def config_from(stored: dict, path: str | Path) -> PrismConfig:
     return PrismConfig(**stored)
 
 
-def load(path: str | Path, device: str = "cpu", grid: tuple[int, int] | None = None) -> Prism:
-    """Load a student in eval mode. grid (h, w) in patches: resize the position table to it."""
+def load(path: str | Path, device: str = "cpu", grid: tuple[int, int] | None = None) -> Student:
+    """Load a student in eval mode: a checkpoint of ours, or a released one of SAK.
+
+    grid (h, w) in patches: resize the position table to it. Raises FileNotFoundError or ValueError.
+    """
     content = read_checkpoint(path)
     cfg = config_from(content["config"], path)
-    model, state = Prism(cfg), content["model"]
+    model, state = build(cfg), content["model"]
     load_strict(model, state, path)
     if grid is not None and tuple(grid) != cfg.grid:
         model.pos_embed = nn.Parameter(resize_pos(model.pos_embed.data, cfg.grid, tuple(grid)))
@@ -814,15 +1173,20 @@ def load_strict(model: nn.Module, state: dict[str, Tensor], path: str | Path, ne
     return ", ".join(parts)
 
 
-def start_from_vit(model: Prism, state: dict[str, Tensor], path: str | Path) -> str:
+def start_from_vit(model: Student, state: dict[str, Tensor], path: str | Path) -> str:
     """Fill a new student's trunk from a plain ViT in timm's names; all experts copy their block's MLP.
 
-    Returns what `load_strict` does. Raises ValueError.
+    SAK's stem has no final norm, so that one is dropped. Returns what `load_strict` does. Raises ValueError.
     """
     cfg, renamed = model.cfg, {}
+    dual = cfg.moe_blocks if isinstance(model, Prism) else ()
+    first = next((part for part in ("anchor", "shared") if part not in cfg.without), "experts")
     for key, value in state.items():
-        mlp = re.match(r"blocks\.(\d+)\.mlp", key)
-        stream = "anchor" if mlp and int(mlp[1]) in cfg.moe_blocks else "mlp"
+        mlp = re.fullmatch(r"blocks\.(\d+)\.mlp\.fc(\d)\.(weight|bias)", key)
+        stream = first if mlp and int(mlp[1]) in dual else "mlp"
+        if stream == "experts":  # the only MLPs of the block
+            key = f"blocks.{mlp[1]}.experts.{mlp[3][0]}{mlp[2]}"
+            value = value.expand(cfg.experts, *value.shape)
         for theirs, ours in (("mlp.fc1", f"{stream}.0"), ("mlp.fc2", f"{stream}.2"),
                              ("patch_embed.proj", "patch_embed")):
             key = key.replace(theirs, ours)
@@ -830,14 +1194,17 @@ def start_from_vit(model: Prism, state: dict[str, Tensor], path: str | Path) -> 
             side = math.isqrt(value.shape[1])
             value = resize_pos(value, (side, side), cfg.grid)
         renamed[key] = value
-    new = [f"blocks.{i}.{part}." for i in cfg.moe_blocks for part in ("gate", "shared", "router", "experts")]
-    report = load_strict(model, renamed, path, dropped=("head.",), new=(
-        *new, "teacher_embed", "task_embed", "projectors.", "heads."))
-    model.copy_anchors()
+    new = [f"blocks.{i}.{part}." for i in dual for part in ("gate", "shared", "router", "experts")]
+    dropped = ("head.",) if dual else ("head.", "norm.")
+    report = load_strict(model, renamed, path, dropped=dropped, new=(
+        *new, "teacher_embed", "task_embed", "projectors.", "heads.",
+        "adapters.", "out_norms.", "aligners.", "mixers."))
+    if dual:
+        model.copy_anchors()
     return report
 
 
-def save(model: Prism, path: str | Path) -> None:
+def save(model: Student, path: str | Path) -> None:
     """Write weights and config to `path`, for `load`."""
     write_checkpoint(path, {"model": model.state_dict(), "config": asdict(model.cfg)})
 

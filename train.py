@@ -59,7 +59,13 @@ class Args:
     """Train PRISM. Defaults run the whole road on the rendered world in minutes."""
 
     stage: Literal["all", "deconstruct", "recompose"] = "all"  # all: deconstruct, then recompose
-    size: Literal["toy", "small", "base", "large"] = "toy"  # student, see `python prism.py`
+    size: Literal["toy", "small", "base", "large"] = "toy"  # of the student, see `python prism.py`
+    student: Literal["prism", "sak", "dense", "wide", "moe"] = "prism"  # sak: the baseline; then controls
+    without: tuple[Literal["anchor", "shared", "film", "context"], ...] = ()  # ablate parts of prism
+    experts: int | None = None  # routed experts per MoE block (default: the size's)
+    top_k: int | None = None  # experts per token (default: the size's)
+    expert_ratio: float | None = None  # hidden width of shared and routed experts over D; 1 is "lite"
+    decorr_levels: int = 2  # the first levels are decorrelated; 0: none
     data: str = "world"  # world, world-nyud; KIND:FOLDER: pascal, nyud; stage 1 also images, imagenet, tars
     teachers: tuple[str, ...] = ("toy-clip", "toy-dino", "toy-sam")  # `python teachers.py`; or NAME=FOLDER
     sam_size: int | None = None  # longest side of SAM's input, pixels; less than 1024 is an approximation
@@ -73,6 +79,7 @@ class Args:
     lr: float | None = None  # peak learning rate (default: the recipe's)
     weight_decay: float | None = None  # on matrices (default: the recipe's)
     distill_weight: float = 1.0  # mu, weight of the distillation terms beside the tasks in recompose
+    distill: bool = True  # --no-distill: recompose without teachers and from random weights, or --init
 
     out_dir: Path = Path("out")  # checkpoints and log.jsonl
     init: str | None = None  # our .pt, or a timm ViT: augreg-s, FILE, ... (recompose: OUT_DIR/deconstruct.pt)
@@ -168,7 +175,11 @@ def check_args(args: Args) -> None:
     patch, processes = prism.SIZES[args.size].patch, int(os.environ.get("WORLD_SIZE", 1))
     if args.steps is not None and args.epochs is not None:
         raise ValueError(f"--steps {args.steps} and --epochs {args.epochs:g}; give one of them")
-    teachers.check_names(args.teachers)
+    if args.distill:
+        teachers.check_names(args.teachers)
+    elif args.stage != "recompose":
+        raise ValueError(f"--no-distill leaves nothing to {args.stage}; add --stage recompose")
+    prism.check_config(student_config(args))
     if unknown := [task for task in args.tasks if task not in data.TASKS]:
         raise ValueError(f"unknown task {', '.join(unknown)}; known are {', '.join(data.TASKS)}")
     for name in stage_names(args.stage):
@@ -179,7 +190,7 @@ def check_args(args: Args) -> None:
                 raise ValueError(f"image size {side} is not a multiple of the patch size {patch}; "
                                  f"use {low} or {low + patch}")
         batch, parts = stage.batch_size, processes * args.accumulate
-        if batch < len(args.teachers):
+        if args.distill and batch < len(args.teachers):
             raise ValueError(f"batch size {batch} is smaller than the number of teachers "
                              f"({len(args.teachers)}); every step needs an image for each")
         if args.bench and args.accumulate > 1:
@@ -236,15 +247,22 @@ def choose_tasks(args: Args, dataset: data.Samples) -> dict[str, int]:
     return {task: dataset.tasks[task] for task in args.tasks or dataset.tasks}
 
 
-def build_student(args: Args, stage: Stage, widths: dict[str, int], tasks: dict[str, int]) -> prism.Prism:
+def student_config(args: Args, **changes) -> prism.PrismConfig:
+    """Return the size's config with what the command line changes of it."""
+    given = {k: v for k in ("experts", "top_k", "expert_ratio") if (v := getattr(args, k)) is not None}
+    size = prism.SIZES[args.size]
+    return replace(size, student=args.student, without=tuple(args.without), **given, **changes)
+
+
+def build_student(args: Args, stage: Stage, widths: dict[str, int], tasks: dict[str, int]) -> prism.Student:
     """Make the seeded student for these teachers {name: width} and tasks {name: channels}."""
     torch.manual_seed(args.seed)
-    size = prism.SIZES[args.size]
-    grid = tuple(side // size.patch for side in stage.image_size)
-    return prism.Prism(replace(size, grid=grid, teachers=widths, tasks=tasks))
+    grid = tuple(side // prism.SIZES[args.size].patch for side in stage.image_size)
+    return prism.build(student_config(args, grid=grid, teachers=widths, tasks=tasks))
 
 
-NEW = re.compile(r"blocks\.\d+\.(gate|shared|router|experts)\.|teacher_embed|task_embed|projectors|heads")
+NEW = re.compile(r"blocks\.\d+\.(gate|shared|router|experts)\.|teacher_embed|task_embed|projectors|heads|"
+                 r"adapters|out_norms|aligners|mixers")
 
 
 def build_optimizer(student: nn.Module, stage: Stage, pretrained: bool) -> torch.optim.AdamW:
@@ -339,7 +357,7 @@ def same_grid(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def decorr_term(levels: list[Tensor], epsilon: float = 0.0) -> Tensor:
-    """L_decorr (eq. 7) on the first two levels (B, D, h, w): far tokens of an image should not be alike.
+    """L_decorr (eq. 7) on levels (B, D, h, w): far tokens of an image should not be alike.
 
     Mean over token pairs farther apart than r = max(1, 0.1 min(h, w)) patches of max(0, cos - epsilon).
     The paper gives neither r nor epsilon; these are ours. Summed over levels.
@@ -347,7 +365,7 @@ def decorr_term(levels: list[Tensor], epsilon: float = 0.0) -> Tensor:
     h, w = levels[0].shape[-2:]
     far = patch_distances(h, w, levels[0].device) > max(1.0, 0.1 * min(h, w))  # (h*w, h*w)
     total = levels[0].new_zeros((), dtype=torch.float32)
-    for level in levels[:2]:
+    for level in levels:
         z = F.normalize(level.float().flatten(2), dim=1)  # (B, D, h*w)
         alike = F.relu(z.transpose(1, 2) @ z - epsilon)  # (B, h*w, h*w)
         total = total + over_all((alike * far).sum(), float(len(z)) * far.sum())
@@ -429,17 +447,21 @@ TASK_LOSSES = {  # task -> weight in the sum, loss
 }
 
 
-def loss_terms(out: prism.Output, targets: dict, batch: dict, cfg: prism.PrismConfig,
-               mu: float) -> dict[str, tuple[float, Tensor]]:
+def loss_terms(out: prism.Output, targets: dict, batch: dict, cfg: prism.PrismConfig, mu: float,
+               decorr_levels: int = 2) -> dict[str, tuple[float, Tensor]]:
     """List {name: (weight, term)} of one step; the loss is the sum of weight * term (eq. 8).
 
-    Distillation terms (deconstruct, and recompose times mu): 0.9 L_distill + 0.1 L_decorr + 0.001 balance.
+    Distillation terms (deconstruct, and recompose times mu): 0.9 L_distill + 0.1 L_decorr + 0.001 balance,
+    of which a student has those that it has the tensors for: SAK no levels, dense ones no routes.
     """
     distill, decorr = (1.0, 0.5) if cfg.official else (0.9, 0.1)
     terms = {k: (mu * distill, v) for k, v in distill_terms(out.distilled, targets).items()}
-    first = out.distilled[next(iter(cfg.teachers))]
-    terms["decorr"] = (mu * decorr, official_decorr_term(first) if cfg.official else decorr_term(out.levels))
-    terms["balance"] = (mu * 0.001, balance_term(out.routes))
+    if out.levels and decorr_levels:
+        first = out.distilled[next(iter(cfg.teachers))]
+        term = official_decorr_term(first) if cfg.official else decorr_term(out.levels[:decorr_levels])
+        terms["decorr"] = (mu * decorr, term)
+    if out.routes:
+        terms["balance"] = (mu * 0.001, balance_term(out.routes))
     for task, x in out.predicted.items():
         weight, loss = TASK_LOSSES[task]
         terms[task] = (weight, loss(x, batch[task]))
@@ -498,19 +520,21 @@ class Log:
 
         routed = values("lambda", "load", "dead")
         terms = " ".join(f"{k.split('/')[-1]} {row[k]:.3f}" for k in self.names if k not in routed)
-        gates = " ".join(f"{gate:.2f}" for gate in values("lambda").values())
         minutes, seconds = divmod(int(row["seconds_left"]), 60)
-        load, dead = max(values("load").values()), sum(values("dead").values())
-        return (f"{self.stage} {row['step']}/{self.steps}  {terms} | lambda {gates} "
-                f"| load max/mean {load:.2f} dead {dead:.0f} | lr {row['lr']:.1e} "
+        routes = ""
+        if routed:
+            gates = " ".join(f"{gate:.2f}" for gate in values("lambda").values())
+            load, dead = max(values("load").values()), sum(values("dead").values())
+            routes = f"lambda {gates} | load max/mean {load:.2f} dead {dead:.0f} | "
+        return (f"{self.stage} {row['step']}/{self.steps}  {terms} | {routes}lr {row['lr']:.1e} "
                 f"| {row['images_per_s']:.0f} images/s {row['ms']:.0f} ms {row['memory_gib']:.1f} GiB "
                 f"left {minutes}:{seconds:02d}")
 
 
 def routing_values(routes: list[prism.Route], blocks: tuple[int, ...]) -> dict[str, Tensor]:
     """Summarise routes per MoE block: mean lambda, load max/mean, experts that no token chose."""
-    loads, values = mean_loads(routes), {}
-    for i, route, load in zip(blocks, routes, loads, strict=True):
+    loads, values = mean_loads(routes) if routes else [], {}
+    for i, route, load in zip(blocks, routes, loads, strict=False):  # students without experts: none
         values[f"lambda/{i}"] = route.gate
         values[f"load/{i}"] = load.max() / load.mean()
         values[f"dead/{i}"] = (load == 0).sum()
@@ -532,7 +556,7 @@ class Run(NamedTuple):
 
     name: str
     stage: Stage
-    student: prism.Prism
+    student: prism.Student
     optimizer: torch.optim.Optimizer
     dataset: data.Samples
     start: int
@@ -574,18 +598,19 @@ def schedule_of(args: Args, stage: Stage, taught: teachers.Teachers) -> dict:
     """List what may not change between a checkpoint and the run that resumes it."""
     return {"data": args.data, "batch size": stage.batch_size, "lr": stage.lr,
             "weight decay": stage.weight_decay, "distill weight": args.distill_weight,
+            "decorr levels": args.decorr_levels,
             "teachers": {name: [p.get(k) for k in ("sha256", "settings", "size")]
                          for name, p in taught.provenance.items()}}
 
 
-def initial_weights(args: Args, name: str, student: prism.Prism) -> tuple[str, str]:
+def initial_weights(args: Args, name: str, student: prism.Student) -> tuple[str, str]:
     """Fill a new student from --init, or stage 2's from stage 1; returns file with hash, and a report."""
     source = args.init if args.stage != "all" or name == "deconstruct" else None
-    if source is None and name == "recompose":
+    if source is None and name == "recompose" and args.distill:
         source = str(args.out_dir / ON_IMAGES.checkpoint)
     if source is None:
         return "random weights", "random weights"
-    if not source.endswith(".pt"):
+    if not source.endswith((".pt", ".pth")) or source in teachers.SOURCES:
         weights = teachers.read_source(source)
         report = prism.start_from_vit(student, weights.tensors, weights.path)
         student.expect(*(weights.hints.get(k, teachers.HALF[k]) for k in ("mean", "std")))
@@ -595,8 +620,8 @@ def initial_weights(args: Args, name: str, student: prism.Prism) -> tuple[str, s
     stored = prism.read_checkpoint(path)
     cfg, state = prism.config_from(stored["config"], path), stored["model"]
     state["pos_embed"] = prism.resize_pos(state["pos_embed"], tuple(cfg.grid), student.cfg.grid)
-    report = prism.load_strict(student, state, path, new=("heads", "task_embed"),
-                               dropped=("heads", "task_embed"))
+    new = ("heads", "task_embed", "mixers")
+    report = prism.load_strict(student, state, path, new=new, dropped=new)
     student.expect(cfg.mean, cfg.std)
     return f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}", f"{path}: {report}"
 
@@ -604,6 +629,7 @@ def initial_weights(args: Args, name: str, student: prism.Prism) -> tuple[str, s
 def check_same_run(path: Path, stored: dict, ours: dict) -> None:
     """Raise ValueError where a checkpoint is of another run than the one that is to go on from it."""
     theirs = {**{k: stored.get(k) for k in ours}, **stored["provenance"]["schedule"]}
+    theirs["config"] = asdict(prism.config_from(stored["config"], path))  # older ones lack newer fields
     if differ := [k for k in ours if ours[k] != theirs[k]]:
         detail = ["size, teachers or tasks differ" if k == "config" else
                   f"{k} {theirs[k]} there, {ours[k]} here" for k in differ]
@@ -660,14 +686,25 @@ def print_derived(args: Args, rt: Runtime, run: Run, report: str) -> None:
     print(f"\n{run.name}: {stage.steps} steps x {stage.batch_size} images of {images} = {stage.epochs:.1f} "
           f"epochs at {stage.image_size[0]} x {stage.image_size[1]} px; {rt.world_size} processes x "
           f"{args.accumulate} passes x {part} images")
-    print(f"  student {args.size}: {total:.2f} M parameters, all trainable, {active:.2f} M active per token; "
-          f"contexts {' '.join(run.student.contexts)}")
+    print(f"  student {args.student} {args.size}: {total:.2f} M parameters, all trainable, {active:.2f} M "
+          f"active per token; contexts {' '.join(run.student.contexts)}")
     print(f"  {rt.device}, {rt.amp or torch.float32}, lr {' and '.join(f'{rate:g}' for rate in rates)} "
           f"{stage.decay} after {round(stage.warmup * stage.steps)} steps of warm-up, weight decay "
           f"{stage.weight_decay:g}, clip {stage.clip:g}, seed {args.seed}; {report}", flush=True)
 
 
-def place(args: Args, rt: Runtime, student: prism.Prism) -> None:
+class Given:
+    """Stands for teachers: gives what they once gave; nothing, where there are none."""
+
+    def __init__(self, maps: dict[str, list[Tensor]] | None = None):
+        self.maps, self.widths, self.provenance = maps or {}, {}, {}
+
+    def targets(self, images: Tensor, teacher_ids: Tensor | None) -> dict[str, list[Tensor]]:
+        """Return the maps, whatever the images."""
+        return self.maps
+
+
+def place(args: Args, rt: Runtime, student: prism.Student) -> None:
     """Move the student to the device; wrap, compile and shard its blocks as the arguments say."""
     student.to(rt.device).train()
     for block in student.blocks if args.recompute else ():
@@ -705,18 +742,30 @@ def pass_over(args: Args, rt: Runtime, run: Run, model: nn.Module, taught: teach
 
     Returns every value for the log, detached.
     """
-    cfg, ids = run.student.cfg, batch["teacher"]
+    cfg, ids = run.student.cfg, batch.get("teacher")
     with torch.autocast(rt.device.type, rt.amp) if rt.amp else nullcontext():
         targets = taught.targets(batch["image"], ids)
         mark("teachers")
         out = model(batch["image"], ids, tuple(cfg.tasks))
-        terms = loss_terms(out, targets, batch, cfg, args.distill_weight if cfg.tasks else 1.0)
+        mu = args.distill_weight if cfg.tasks else 1.0
+        terms = loss_terms(out, targets, batch, cfg, mu, args.decorr_levels)
         loss = sum(weight * term for weight, term in terms.values())
     mark("student forward")
     (loss / args.accumulate).backward()
     mark("backward")
     return {**{k: v.detach() for k, (_, v) in terms.items()}, "loss": loss.detach(),
             **routing_values(out.routes, cfg.moe_blocks)}
+
+
+def choose_teachers(run: Run, seed: int, step: int) -> Tensor:
+    """Choose whom every image of a step serves: one teacher (B,), or for SAK all K of them (B, K).
+
+    Returns int64 on the host.
+    """
+    B, K = run.stage.batch_size, len(run.student.cfg.teachers)
+    if isinstance(run.student, prism.SAK):
+        return torch.arange(K).expand(B, K)
+    return torch.from_numpy(assign_teachers(B, K, seed, step))
 
 
 def update(args: Args, rt: Runtime, run: Run, model: nn.Module, taught: teachers.Teachers, batch: dict,
@@ -727,8 +776,8 @@ def update(args: Args, rt: Runtime, run: Run, model: nn.Module, taught: teachers
     """
     stage, B, parts = run.stage, run.stage.batch_size // rt.world_size, args.accumulate
     batch = {k: v.to(rt.device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
-    ids = assign_teachers(stage.batch_size, len(run.student.cfg.teachers), args.seed, step)
-    batch["teacher"] = torch.from_numpy(ids[rt.rank * B : (rt.rank + 1) * B])  # (B,), stays on the host
+    if run.student.cfg.teachers:
+        batch["teacher"] = choose_teachers(run, args.seed, step)[rt.rank * B : (rt.rank + 1) * B]
     for group in run.optimizer.param_groups:
         group["lr"] = group["factor"] * lr_at(step, stage)
     values = []
@@ -771,16 +820,6 @@ def fit(args: Args, rt: Runtime, run: Run, taught: teachers.Teachers) -> None:
             save_checkpoint(args, rt, run, done)
 
 
-class Given(NamedTuple):
-    """Stands for the teachers: gives the maps that they once gave."""
-
-    maps: dict[str, list[Tensor]]
-
-    def targets(self, images: Tensor, teacher_ids: Tensor) -> dict[str, list[Tensor]]:
-        """Return the maps, whatever the images."""
-        return self.maps
-
-
 def bench(args: Args, rt: Runtime, run: Run, taught: teachers.Teachers) -> None:
     """Time steps as `fit` makes them, the student alone, and every part; write nothing."""
     N, B = args.bench, run.stage.batch_size
@@ -812,12 +851,12 @@ def bench(args: Args, rt: Runtime, run: Run, taught: teachers.Teachers) -> None:
     rates = {"whole steps": images_per_s(N, taught)}
     images_per_s(N, taught, split=True)
     batch = next(batches)
-    ids = torch.from_numpy(assign_teachers(B, len(taught.widths), args.seed, 0)).chunk(rt.world_size)[rt.rank]
+    ids = choose_teachers(run, args.seed, 0).chunk(rt.world_size)[rt.rank] if taught.widths else None
     with torch.autocast(rt.device.type, rt.amp) if rt.amp else nullcontext():
         given = Given(taught.targets(batch["image"].to(rt.device), ids))
     rates["student alone, one batch"] = images_per_s(N, given, batch)
     peak = peak_memory_gib(rt.device)
-    twin = prism.Prism(run.student.cfg).to(rt.device).train()  # neither compiled nor recomputing: countable
+    twin = prism.build(run.student.cfg).to(rt.device).train()  # neither compiled nor recomputing: countable
     with FlopCounterMode(display=False) as counter:
         twin_run = run._replace(student=twin, optimizer=build_optimizer(twin, run.stage, pretrained=False))
         update(args, rt, twin_run, twin, given, batch, 0)
@@ -857,7 +896,7 @@ def train(args: Args) -> None:
     """Check, raise or load the teachers, run the stages one after the other."""
     check_args(args)
     rt = start_runtime(args.device)
-    taught = first_rank_first(
+    taught = Given() if not args.distill else first_rank_first(
         rt, lambda: teachers.Teachers(args.teachers, rt.device, compiles(args, rt), args.sam_size))
     for who, provenance in taught.provenance.items() if rt.rank == 0 else ():
         print(f"teacher {who}: {teachers.describe(provenance)}")
