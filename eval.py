@@ -1324,7 +1324,7 @@ CONTESTANTS = {  # name -> flags of train.py
     "prism": "", "sak": "--student sak", "dense": "--student dense", "wide": "--student wide",
     "moe": "--student moe", "no-distill": SINGLE, "no-anchor": "--without anchor",
     "no-shared": "--without shared", "no-film": "--without film", "no-context": "--without context",
-    "no-decorr": "--decorr-levels 0", "decorr-1": "--decorr-levels 1", "decorr-3": "--decorr-levels 3",
+    "gate-half": "--gate-start 0.5", "no-decorr": "--decorr-levels 0", "decorr-1": "--decorr-levels 1", "decorr-3": "--decorr-levels 3",
     "top-1": "--top-k 1", "top-3": "--top-k 3", "experts-4": "--experts 4", "experts-9": "--experts 9",
     "lite": "--expert-ratio 1", "only-clip-dino": "--teachers toy-clip toy-dino",
     "only-clip-sam": "--teachers toy-clip toy-sam", "only-dino-sam": "--teachers toy-dino toy-sam",

@@ -980,6 +980,8 @@ def check_config(cfg: PrismConfig) -> None:
         raise ValueError(f"without {', '.join(cfg.without)}: {cfg.student} has no such parts; use prism")
     if cfg.student in ("prism", "moe") and not 1 <= cfg.top_k <= cfg.experts <= 255:
         raise ValueError(f"top_k {cfg.top_k} of {cfg.experts} experts; need 1 <= top_k <= experts <= 255")
+    if not 0.5 * cfg.official < cfg.gate_start < 1:
+        raise ValueError(f"gate_start {cfg.gate_start} must lie between 0 and 1, official: between 0.5 and 1")
     if cfg.dim % cfg.heads or cfg.dim % 4 or cfg.patch % 4:
         raise ValueError(f"dim {cfg.dim}, heads {cfg.heads}, patch {cfg.patch}: dim must be a multiple of "
                          "heads and of 4, patch of 4")

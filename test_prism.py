@@ -301,7 +301,8 @@ def test_controls_are_what_they_are_called():
     idx, w = torch.rand(7, 5).topk(2).indices, torch.rand(7, 2)
     torch.testing.assert_close(block.experts(u, idx, w), block.experts.plain(u, idx, w))
     for changes, why in (({"without": ("gate",)}, "parts are anchor, shared, film, context"),
-                         ({"student": "dense", "without": ("film",)}, "dense has no such parts")):
+                         ({"student": "dense", "without": ("film",)}, "dense has no such parts"),
+                         ({"gate_start": 1.0}, "gate_start 1.0 must lie between 0 and 1")):
         with pytest.raises(ValueError, match=why):
             prism.build(replace(TINY, **changes))
 
@@ -1056,7 +1057,8 @@ def test_resume_is_exact(small_world, tmp_path, tiny, monkeypatch):
     {"without": ("anchor", "film"), "decorr_levels": 3},
     {"expert_ratio": 1.0, "top_k": 1, "experts": 3},
 ])
-def test_every_student_trains_resumes_and_is_scored(changes, small_world, tmp_path, tiny, monkeypatch, capsys):
+def test_every_student_trains_resumes_and_is_scored(changes, small_world, tmp_path, tiny, monkeypatch,
+                                                    capsys):
     """Catches a student that fits only PRISM's loop, checkpoint, log line or evaluation."""
     changes |= {"stage": "all", "steps": 4, "save_every": 2}
     whole = tiny_run(small_world, tmp_path / "whole", **changes)
@@ -4601,7 +4603,7 @@ def fake_result(scores: dict, seed: int, routed: bool) -> dict:
     table = np.eye(4)[:3][:, np.random.default_rng(seed).permutation(4)]  # teachers x experts, shuffled
     teachers_ = dict(zip("abc", table.tolist(), strict=True))
     pairs = {"a + b": {"cos_shared": 0.1 * seed, **({"cos_experts": 0.5} if routed else {})}}
-    block = {"block": 1, "teachers": teachers_, "tasks": {}, "nmi_teachers": 0.9, "nmi_tasks": 0, "lambda": 0.5}
+    block = {"block": 1, "teachers": teachers_, "tasks": {}, "lambda": 0.5, "nmi_teachers": 1, "nmi_tasks": 0}
     return {"headline": scores, "train_s": 60 * (seed + 1), "routing": [block] if routed else [],
             "analysis": {"blocks": [{"block": 1, "teachers": pairs, "tasks": {}}]}}
 

@@ -65,6 +65,7 @@ class Args:
     experts: int | None = None  # routed experts per MoE block (default: the size's)
     top_k: int | None = None  # experts per token (default: the size's)
     expert_ratio: float | None = None  # hidden width of shared and routed experts over D; 1 is "lite"
+    gate_start: float | None = None  # lambda of a new prism (default: 0.94, the expert stream fades in)
     decorr_levels: int = 2  # the first levels are decorrelated; 0: none
     data: str = "world"  # world, world-nyud; KIND:FOLDER: pascal, nyud; stage 1 also images, imagenet, tars
     teachers: tuple[str, ...] = ("toy-clip", "toy-dino", "toy-sam")  # `python teachers.py`; or NAME=FOLDER
@@ -249,7 +250,8 @@ def choose_tasks(args: Args, dataset: data.Samples) -> dict[str, int]:
 
 def student_config(args: Args, **changes) -> prism.PrismConfig:
     """Return the size's config with what the command line changes of it."""
-    given = {k: v for k in ("experts", "top_k", "expert_ratio") if (v := getattr(args, k)) is not None}
+    switches = ("experts", "top_k", "expert_ratio", "gate_start")
+    given = {k: v for k in switches if (v := getattr(args, k)) is not None}
     size = prism.SIZES[args.size]
     return replace(size, student=args.student, without=tuple(args.without), **given, **changes)
 
