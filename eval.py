@@ -1324,7 +1324,8 @@ CONTESTANTS = {  # name -> flags of train.py
     "prism": "", "sak": "--student sak", "dense": "--student dense", "wide": "--student wide",
     "moe": "--student moe", "no-distill": SINGLE, "no-anchor": "--without anchor",
     "no-shared": "--without shared", "no-film": "--without film", "no-context": "--without context",
-    "gate-half": "--gate-start 0.5", "no-decorr": "--decorr-levels 0", "decorr-1": "--decorr-levels 1", "decorr-3": "--decorr-levels 3",
+    "gate-half": "--gate-start 0.5",
+    "no-decorr": "--decorr-levels 0", "decorr-1": "--decorr-levels 1", "decorr-3": "--decorr-levels 3",
     "top-1": "--top-k 1", "top-3": "--top-k 3", "experts-4": "--experts 4", "experts-9": "--experts 9",
     "lite": "--expert-ratio 1", "only-clip-dino": "--teachers toy-clip toy-dino",
     "only-clip-sam": "--teachers toy-clip toy-sam", "only-dino-sam": "--teachers toy-dino toy-sam",
@@ -1360,7 +1361,7 @@ def train_and_score(folder: Path, flags: list[str], slot: int) -> dict:
 
 
 def contest(args: "Args", device) -> None:
-    """Train contestants and single-task networks over seeds, side by side; write contest.json and .md."""
+    """Train contestants and single-task networks over seeds, side by side; write contest.{json,md,png}."""
     names, common = args.contest or MAIN_FIVE, shlex.split(args.train_args)
     if unknown := [name for name in names if name not in CONTESTANTS]:
         raise ValueError(f"unknown contestant {', '.join(unknown)}; known are {', '.join(CONTESTANTS)}")
@@ -1389,8 +1390,9 @@ def contest(args: "Args", device) -> None:
     report = contest_report(found, names, list(tasks), args.seeds)
     report["cost"] = contest_costs({name: folder / f"{name}-0" / "prism.pt" for name in names}, device)
     text = contest_text(report)
-    write_files(folder, {"contest.json": as_json(report), "contest.md": text})
-    print(text + f"\nwrote {folder}/contest.json, contest.md")
+    files = {"contest.json": as_json(report), "contest.md": text, "contest.png": draw_contest(report)}
+    write_files(folder, files)
+    print(f"{text}\nwrote {', '.join(str(folder / name) for name in files)}")
 
 
 def contest_report(found: dict, names: Sequence[str], tasks: list[str], seeds: int) -> dict:
@@ -1780,6 +1782,37 @@ def draw_photo(photo: np.ndarray, maps: dict[str, np.ndarray], seen: Sequence[in
     for key in keys:
         canvas.paste(key, (0, bottom))
         bottom += key.height
+    return canvas
+
+
+def draw_contest(report: dict) -> Image.Image:
+    """Draw a panel per task and for Delta_m: a dot per seed, a bar at the mean, better to the right."""
+    scores, base = report["scores"], report["single_task"]
+    panels, rows = [*base, "delta_m"], list(scores)
+    wide, step, left = 190, 30, 130
+    canvas = Image.new("RGB", (left + wide * len(panels), 90 + step * len(rows)), "white")
+    pen = ImageDraw.Draw(canvas)
+    for k, name in enumerate(rows):
+        write(pen, left - 14, 70 + step * k, name, anchor="rm")
+    for p, task in enumerate(panels):
+        lower = task in data.TASKS and data.TASKS[task].lower_is_better
+        every = [v for name in rows for v in scores[name][task]] + base.get(task, [0.0])
+        worst, best = (max(every), min(every)) if lower else (min(every), max(every))
+        scale = (wide - 40) / ((best - worst) or 1)
+        x0, bottom = left + wide * p + 10, 56 + step * len(rows)
+        write(pen, x0 + wide / 2 - 20, 18, task)
+        write(pen, x0, bottom + 14, f"{worst:.4g}", size=11, ink=FAINT, anchor="lm")
+        write(pen, x0 + wide - 40, bottom + 14, f"{best:.4g}", size=11, ink=FAINT, anchor="rm")
+        single = x0 + (np.mean(base.get(task, [0.0])) - worst) * scale
+        pen.line((single, 40, single, bottom), fill=(200, 120, 60))
+        for k, name in enumerate(rows):
+            y, xs = 70 + step * k, [x0 + (v - worst) * scale for v in scores[name][task]]
+            pen.line((x0, y, x0 + wide - 40, y), fill=(232, 232, 232))
+            for x in xs:
+                pen.ellipse((x - 4, y - 4, x + 4, y + 4), outline=(70, 110, 180), width=2)
+            pen.line((np.mean(xs), y - 9, np.mean(xs), y + 9), fill=INK, width=2)
+    note = "circles: seeds; bar: their mean; orange: mean of single-task networks; better is to the right"
+    write(pen, left, 84 + step * len(rows), note, size=11, ink=FAINT, anchor="lm")
     return canvas
 
 

@@ -4677,6 +4677,8 @@ def test_contest_runs_restarts_and_names_what_failed(folder, tmp_path, capsys, m
     report = json.loads((tmp_path / "contest.json").read_text())
     assert report["minutes"]["lite"] == [pytest.approx((20 * 0.1 + 10 * 0.2 + 10 * 0.3) / 60)] * 2
     assert report["cost"]["prism"]["gmac"] > 0 and "| lite |" in (tmp_path / "contest.md").read_text()
+    with Image.open(tmp_path / "contest.png") as picture:
+        assert picture.size == (130 + 190 * 7, 90 + 30 * 2) and (70, 110, 180) in set(picture.getdata())
     with pytest.raises(OSError, match="holds a run with other flags .*--steps 7"):
         scoring.main(replace(args, train_args="--steps 8"))
     with pytest.raises(ValueError, match="unknown contestant zebra"):
