@@ -2054,8 +2054,8 @@ def main(args: Args) -> None:
     for folder in (out_dir, args.save_predictions or out_dir):
         write_files(folder, {})  # a folder that cannot be written fails here
     model = prism.load(args.ckpt, device)
-    print(f"{args.ckpt}: step {stored.get('step')}; {source}, {args.split}, {len(dataset)} images; "
-          f"{device}")
+    print(f"{args.ckpt}: step {stored.get('step', 'not recorded')}; {source}, {args.split}, "
+          f"{len(dataset)} images; {device}")
     if not tasks:
         print(f"{args.ckpt} has no task heads (stage 1): no scores; next: train.py --stage recompose")
 

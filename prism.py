@@ -1025,11 +1025,11 @@ def write_checkpoint(path: str | Path, content: dict) -> None:
                       "--out-dir (nothing was overwritten)") from error
 
 
-def read_checkpoint(path: str | Path) -> dict:
+def read_checkpoint(path: str | Path, grid: tuple[int, int] | None = None) -> dict:
     """Read a checkpoint of ours: model, config, and in training ones optimizer, step, seed, provenance.
 
-    A released file of SAK comes back as model and config in our names. Raises FileNotFoundError or
-    ValueError with what to do.
+    A released file of PRISM or SAK comes back as model and config in our names; grid: see from_released.
+    Raises FileNotFoundError or ValueError with what to do.
     """
     path = Path(path)
     if not path.is_file():
@@ -1041,88 +1041,185 @@ def read_checkpoint(path: str | Path) -> dict:
         why = "no file of plain weights" if isinstance(error, pickle.UnpicklingError) else one_line(error)
         raise ValueError(f"checkpoint {path} cannot be read ({why}); it is damaged or no checkpoint: "
                          "train again or name another") from error
-    if isinstance(content, dict) and "config" not in content and is_released_sak(content.get("model")):
-        cfg, state = sak_from_released(content["model"], path)
+    if isinstance(content, dict) and "config" not in content and released_levels(content.get("model"))[0]:
+        cfg, state = from_released(content["model"], path, grid)
         return {"model": state, "config": asdict(cfg)}
     if not isinstance(content, dict) or not {"model", "config"} <= content.keys():
         raise ValueError(f"checkpoint {path} holds no model and config of ours; name a file that "
-                         "train.py or prism.save wrote, or one that SAK's authors released")
+                         "train.py or prism.save wrote, or one that the authors of PRISM or SAK released")
     return content
 
 
-RELEASED_TEACHERS = ("dinov2", "clip", "sam")  # in the order of the released configs: that of the gates
-RELEASED_TASKS = ("semseg", "human_parts", "normals", "edge", "sal", "depth")
-RELEASED_SAK = tuple((re.compile(theirs), ours) for theirs, ours in (  # {n}: what group n matched
-    (r"vit\.(cls_token|pos_embed)", "{1}"),
-    (r"vit\.patch_embed\.proj\.(weight|bias)", "patch_embed.{1}"),
-    (r"vit\.(blocks\.\d+\.(?:norm1|norm2|attn\.qkv|attn\.proj)\.(?:weight|bias))", "{1}"),
-    (r"vit\.(blocks\.\d+\.mlp)\.fc1\.(weight|bias)", "{1}.0.{2}"),
-    (r"vit\.(blocks\.\d+\.mlp)\.fc2\.(weight|bias)", "{1}.2.{2}"),
-    (r"tsap\.(\w+\.\d+\.(?:scale|(?:down|up)\.(?:weight|bias)))", "adapters.{1}"),
-    (r"out_norms\.(?P<tap>\d+)_(\w+)\.(weight|bias)", "out_norms.{2}.{tap}.{3}"),
-    (r"ts_aligners\.(?P<tap>\d+)_(\w+)\.(weight|bias)", "aligners.{2}.{tap}.{3}"),
-    (r"mor\.(?P<tap>\d+)_(\w+)\.router\.module\.(\d)\.(weight|bias)", "mixers.{2}.{tap}.score.{3}.{4}"),
-    (r"heads\.(\w+)\.linears\.(\d)\.(weight|bias)", "heads.{1}.linears.{2}.{3}"),
-    (r"heads\.(\w+)\.linear_fuse\.(\d)\.(\w+)", "heads.{1}.fuse.{2}.{3}"),
-    (r"heads\.(\w+)\.last_conv\.(weight|bias)", "heads.{1}.last.{2}"),
-))
+RELEASED_TEACHERS = ("dinov2", "clip", "sam")  # in the order of the released configs, ids and gates
+RELEASED_TASKS = ("semseg", "human_parts", "normals", "edge", "sal", "depth")  # in the embeddings' order
+RELEASED_VIT = {
+    r"(?:vit|backbone)\.(cls_token|pos_embed)": "{1}",
+    r"(?:vit|backbone)\.patch_embed\.proj\.(weight|bias)": "patch_embed.{1}",
+    r"(?:vit|backbone)\.(blocks\.\d+\.(?:norm[12]|attn\.qkv|attn\.proj)\.(?:weight|bias))": "{1}",
+    r"(?:vit|backbone)\.(blocks\.\d+\.mlp)\.fc1\.(weight|bias)": "{1}.0.{2}",
+    r"(?:vit|backbone)\.(blocks\.\d+\.mlp)\.fc2\.(weight|bias)": "{1}.2.{2}",
+}
+RELEASED_HEADS = {
+    r"heads\.(\w+)\.linears\.(\d)\.(weight|bias)": "heads.{1}.linears.{2}.{3}",
+    r"heads\.(\w+)\.linear_fuse\.(\d)\.(\w+)": "heads.{1}.fuse.{2}.{3}",
+    r"heads\.(\w+)\.last_conv\.(weight|bias)": "heads.{1}.last.{2}",
+}
 
 
-def is_released_sak(state: object) -> bool:
-    """Tell by its keys whether this is a state dict of SAK's released code, of either stage."""
-    return isinstance(state, dict) and any(re.match(r"(backbone\.)?tsap\.", str(key)) for key in state)
+class Released(NamedTuple):
+    """How the released code of one student names its weights."""
+
+    level: str  # keys that only this student has; they tell after which blocks levels are read
+    names: dict[str, str]  # pattern of a key -> our name, {n}: what group n matched; "": not needed
 
 
-def sak_from_released(state: dict[str, Tensor], path: str | Path) -> tuple[PrismConfig, dict[str, Tensor]]:
-    """Give a state dict of SAK's released code our names, and infer its config from keys and shapes.
+RELEASED = {
+    "sak": Released(r"out_norms\.(\d+)_", RELEASED_VIT | RELEASED_HEADS | {
+        r"tsap\.(\w+\.\d+\.(?:scale|(?:down|up)\.(?:weight|bias)))": "adapters.{1}",
+        r"out_norms\.(?P<tap>\d+)_(\w+)\.(weight|bias)": "out_norms.{2}.{tap}.{3}",
+        r"ts_aligners\.(?P<tap>\d+)_(\w+)\.(weight|bias)": "aligners.{2}.{tap}.{3}",
+        r"mor\.(?P<tap>\d+)_(\w+)\.router\.module\.(\d)\.(weight|bias)": "mixers.{2}.{tap}.score.{3}.{4}",
+    }),
+    "prism": Released(r"backbone\.blocks\.(\d+)\.moe_ffn_layer\.", RELEASED_VIT | RELEASED_HEADS | {
+        r"backbone\.(norm\.(?:weight|bias))": "{1}",
+        r"vfm_condition_embeddings\.weight": "teacher_embed",
+        r"task_condition_embeddings\.weight": "task_embed",
+        r"task_composer_weights|task_free_condition_embeddings\.weight": "",
+        r"backbone\.blocks\.\d+\.moe_ffn_layer\.(ortho|variance)_loss_weight": "",
+        r"backbone\.(blocks\.\d+)\.moe_ffn_layer\.experts\.(\d+)\.fc(\d)\.weight": "{1}.experts.{2}.w{3}",
+        r"backbone\.(blocks\.\d+)\.moe_ffn_layer\.experts\.(\d+)\.fc(\d)\.bias": "{1}.experts.{2}.b{3}",
+    } | {
+        rf"backbone\.(blocks\.\d+)\.{theirs}\.(weight|bias)": f"{{1}}.{ours}.{{2}}" for theirs, ours in (
+            ("gate_linear", "gate"),
+            (r"standard_ffn\.fc1", "anchor.0"),
+            (r"standard_ffn\.fc2", "anchor.2"),
+            (r"moe_ffn_layer\.shared_expert\.fc1", "shared.0"),
+            (r"moe_ffn_layer\.shared_expert\.fc2", "shared.2"),
+            (r"moe_ffn_layer\.router\.film_layer\.to_gamma_beta", "router.film"),
+            (r"moe_ffn_layer\.router\.W_gate_stage1", "router.film_gate"),
+            (r"moe_ffn_layer\.router\.W_g_base", "router.logits"),
+            (r"moe_ffn_layer\.router\.W_noise", "router.noise"))
+    } | {
+        rf"vfm_projection_heads\.{i}_(\d)\.net\.(\d)\.(weight|bias)": f"projectors.{name}.{{1}}.{{2}}.{{3}}"
+        for i, name in enumerate(RELEASED_TEACHERS)
+    }),
+}
 
-    Stage 2 has one more `backbone.` in front. Without aligners (dropped, or teachers as wide as the stem)
-    a teacher gets the stem's width. Raises ValueError for a key too many or too few, by name.
+
+def released_levels(state: object) -> tuple[str, str, list[int]]:
+    """Tell by its keys whose released code wrote a state dict, of either stage.
+
+    Returns the student ("" for none), what stage 2 puts before the keys of stage 1 ("backbone." or ""),
+    and the blocks after which levels are read.
     """
-    taps = sorted({int(m[1]) for key in state if (m := re.match(r"(?:backbone\.)?out_norms\.(\d+)_", key))})
-    renamed = {released_name(key, taps, path): value for key, value in state.items()}
-    cfg = config_of_released(renamed, tuple(taps), path)
+    for student, released in RELEASED.items() if isinstance(state, dict) else ():
+        found = [m for key in state if (m := re.match(rf"(backbone\.)?{released.level}", str(key)))]
+        if found:
+            return student, found[0][1] or "", sorted({int(m[2]) for m in found})
+    return "", "", []
+
+
+def is_released(path: str | Path) -> bool:
+    """Tell whether a file holds weights as the released code of PRISM or SAK writes them."""
+    if Path(path).suffix != ".pth":
+        return False
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # whoever reads it next says what is wrong with it
+        return False
+    return isinstance(content, dict) and released_levels(content.get("model"))[0] != ""
+
+
+def from_released(state: dict[str, Tensor], path: str | Path,
+                  grid: tuple[int, int] | None = None) -> tuple[PrismConfig, dict[str, Tensor]]:
+    """Give a state dict of released code our names, and infer its config from keys and shapes.
+
+    grid (h, w): what the position table is of, where it has so many rows (default: it is square, or
+    28 x 36). Raises ValueError for a key too many or too few, by name.
+    """
+    student, prefix, levels = released_levels(state)
+    renamed: dict[str, Tensor] = {}
+    for key, value in state.items():
+        name = released_name(key, prefix, student, levels, path)
+        if name in renamed:
+            raise ValueError(f"released weights {path} have {name} (our name) twice, once as {key}; use the "
+                             "file as it was released")
+        if name and value.numel():  # stage 1 has a table of no tasks
+            renamed[name] = value
+    stack_experts(renamed, path)
+    cfg = config_of_released(renamed, student, tuple(levels), path, grid)
     with torch.device("meta"):
-        own = SAK(cfg).state_dict()
+        own = build(cfg).state_dict()
     if wrong := sorted(own.keys() ^ renamed.keys()):
         word = "missing" if wrong[0] in own else "unknown"
-        raise ValueError(f"released weights {path} do not fit SAK ({len(wrong)} keys differ, first {word}, "
-                         f"in our names, {wrong[0]}); use the whole file")
+        raise ValueError(f"released weights {path} do not fit {student} ({len(wrong)} keys differ, first "
+                         f"{word}, in our names, {wrong[0]}); use the whole file")
     return cfg, renamed
 
 
-def released_name(key: str, taps: list[int], path: str | Path) -> str:
-    """Translate one key of SAK's released code; its blocks `taps` count 0..3 here. Raises ValueError."""
-    for theirs, ours in RELEASED_SAK:
-        if m := theirs.fullmatch(key.removeprefix("backbone.")):
+def released_name(key: str, prefix: str, student: str, levels: list[int], path: str | Path) -> str:
+    """Translate one key of released code, "" for one that is not needed; SAK's blocks `levels` count 0..3
+    here. Raises ValueError."""
+    for theirs, ours in RELEASED[student].names.items():
+        if m := re.fullmatch(theirs, key.removeprefix(prefix)):
             block = int(m.groupdict().get("tap", -1))
-            tap = taps.index(block) if block in taps else block
+            tap = levels.index(block) if block in levels else block
             return ours.format(m[0], *m.groups(), tap=tap)
-    raise ValueError(f"released weights {path} have the unknown key {key}; expected are those of SAK's code "
-                     "(vit, tsap, out_norms, ts_aligners, mor, heads)")
+    raise ValueError(f"released weights {path} have the unknown key {key}; expected are those of the "
+                     f"released code of {student}, no more")
 
 
-def config_of_released(state: dict[str, Tensor], taps: tuple[int, ...], path: str | Path) -> PrismConfig:
-    """Infer the config of SAK weights in our names from their shapes. Raises ValueError."""
-    def shape(key: str) -> torch.Size:
-        if key not in state:
-            raise ValueError(f"released weights {path} lack {key} (our name); use the whole file")
-        return state[key].shape
+def stack_experts(state: dict[str, Tensor], path: str | Path) -> None:
+    """Replace each block's `experts.0.w1`, `experts.1.w1`, ... by `experts.w1`, in place. Raises ValueError
+    for an expert too many or too few beside the router's."""
+    found: dict[tuple[str, str], dict[int, Tensor]] = {}
+    for key in list(state):
+        if m := re.fullmatch(r"(blocks\.\d+)\.experts\.(\d+)\.(\w+)", key):
+            found.setdefault((m[1], m[3]), {})[int(m[2])] = state.pop(key)
+    for (block, part), own in found.items():
+        ids = range(len(state.get(f"{block}.router.logits.bias", own)))
+        shapes = [tuple(own[e].shape) for e in ids if e in own]
+        wrong = own.keys() ^ set(ids) or {e for e in ids if shapes[e] != shapes[0]}
+        if wrong:
+            raise ValueError(f"released weights {path}: {block}.experts.{min(wrong)}.{part} (our name) is "
+                             f"missing, of another shape, or one too many for the router's {len(ids)} "
+                             "experts; use the whole file")
+        state[f"{block}.experts.{part}"] = torch.stack([own[e] for e in ids])
 
-    dim, patches = shape("cls_token")[-1], shape("pos_embed")[1] - 1
-    grid = (28, 36) if patches == 28 * 36 else (math.isqrt(patches),) * 2  # 448 x 576 px: NYUD
+
+def config_of_released(state: dict[str, Tensor], student: str, levels: tuple[int, ...], path: str | Path,
+                       grid: tuple[int, int] | None = None) -> PrismConfig:
+    """Infer the config of released weights in our names from their shapes. Raises ValueError."""
+    def size(key: str, axis: int = 0) -> int:
+        if key not in state or state[key].ndim <= axis:
+            raise ValueError(f"released weights {path} lack {key} (our name), or one of its dimensions; use "
+                             "the whole file")
+        return state[key].shape[axis]
+
+    dim, patches = size("cls_token", 2), size("pos_embed", 1) - 1
+    if grid is None or math.prod(grid) != patches:
+        grid = (28, 36) if patches == 28 * 36 else (math.isqrt(patches),) * 2  # 448 x 576 px: NYUD
     if math.prod(grid) != patches:
         raise ValueError(f"released weights {path}: a position table of {patches} patches is neither square "
-                         "nor 28 x 36; resize it to one of these")
+                         "nor 28 x 36; name its rows and columns: prism.load(path, grid=(h, w))")
     blocks = {int(key.split(".")[1]) for key in state if key.startswith("blocks.")}
-    widths = {t: shape(f"aligners.{t}.0.bias")[0] if f"aligners.{t}.0.bias" in state else dim
-              for t in RELEASED_TEACHERS if f"adapters.{t}.0.scale" in state}
-    tasks = {t: shape(f"heads.{t}.last.weight")[0]
+    tasks = {t: size(f"heads.{t}.last.weight")
              for t in RELEASED_TASKS if any(key.startswith(f"heads.{t}.") for key in state)}
-    return PrismConfig(
-        dim=dim, depth=len(blocks), heads=max(1, dim // 64), patch=shape("patch_embed.weight")[-1], grid=grid,
-        moe_blocks=taps, mlp_ratio=shape("blocks.0.mlp.0.weight")[0] / dim, teachers=widths, tasks=tasks,
-        mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), official=True, student="sak",
+    cfg = PrismConfig(  # heads, top-k, mean and std are not in the file
+        dim=dim, depth=len(blocks), heads=max(1, dim // 64), patch=size("patch_embed.weight", 3),
+        grid=tuple(grid), moe_blocks=levels, top_k=3, tasks=tasks, mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225), official=True, student=student,
+    )
+    if student == "sak":  # without aligners (dropped, or not needed) a teacher gets the stem's width
+        widths = {t: size(f"aligners.{t}.0.bias") if f"aligners.{t}.0.bias" in state else dim
+                  for t in RELEASED_TEACHERS if f"adapters.{t}.0.scale" in state}
+        return replace(cfg, mlp_ratio=size("blocks.0.mlp.0.bias") / dim, teachers=widths)
+    first = f"blocks.{levels[0]}"
+    return replace(
+        cfg, experts=size(f"{first}.router.logits.bias"), mlp_ratio=size(f"{first}.anchor.0.bias") / dim,
+        expert_ratio=size(f"{first}.shared.0.bias") / dim,
+        teachers={t: size(f"projectors.{t}.0.2.bias") for t in RELEASED_TEACHERS
+                  if any(key.startswith(f"projectors.{t}.") for key in state)},
     )
 
 
@@ -1136,11 +1233,12 @@ def config_from(stored: dict, path: str | Path) -> PrismConfig:
 
 
 def load(path: str | Path, device: str = "cpu", grid: tuple[int, int] | None = None) -> Student:
-    """Load a student in eval mode: a checkpoint of ours, or a released one of SAK.
+    """Load a student in eval mode: a checkpoint of ours, or a released one of PRISM or SAK.
 
-    grid (h, w) in patches: resize the position table to it. Raises FileNotFoundError or ValueError.
+    grid (h, w) in patches: resize the position table to it; a released one of just so many patches does
+    not say its rows and columns, and is taken to be of this grid. Raises FileNotFoundError or ValueError.
     """
-    content = read_checkpoint(path)
+    content = read_checkpoint(path, grid)
     cfg = config_from(content["config"], path)
     model, state = build(cfg), content["model"]
     load_strict(model, state, path)

@@ -712,63 +712,88 @@ def released_sak(stage: int, aligned: bool) -> dict[str, torch.Tensor]:
     return state
 
 
+class Equations:
+    """Released layers by their names, line by line; `vit`: the name of the trunk."""
+
+    def __init__(self, state: dict[str, torch.Tensor], vit: str, grid: tuple[int, int]):
+        self.s, self.vit, self.grid = state, vit, grid
+
+    def linear(self, x, name):
+        return x @ self.s[f"{name}.weight"].T + self.s[f"{name}.bias"]
+
+    def norm(self, x, name, eps=1e-6):
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + eps).sqrt()
+        return x * self.s[f"{name}.weight"] + self.s[f"{name}.bias"]
+
+    def conv(self, x, name, **options):
+        return F.conv2d(x, self.s[f"{name}.weight"], self.s[f"{name}.bias"], **options)
+
+    def mlp(self, x, name, first="fc1", second="fc2"):
+        return self.linear(F.gelu(self.linear(x, f"{name}.{first}")), f"{name}.{second}")
+
+    def as_map(self, x):
+        return x.mT.reshape(len(x), -1, *self.grid)
+
+    def embed(self, images):
+        colour = (images - torch.tensor([0.485, 0.456, 0.406])[:, None, None])
+        colour = colour / torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+        side = self.s[f"{self.vit}.patch_embed.proj.weight"].shape[-1]
+        x = self.conv(colour, f"{self.vit}.patch_embed.proj", stride=side).flatten(2).mT
+        cls = self.s[f"{self.vit}.cls_token"].repeat(len(x), 1, 1)
+        return torch.cat([cls, x], 1) + self.s[f"{self.vit}.pos_embed"]
+
+    def attend(self, x, name):
+        q, k, v = self.linear(x, f"{name}.qkv").chunk(3, -1)
+        heads = [slice(c, c + 64) for c in range(0, x.shape[-1], 64)]
+        parts = [(q[..., c] @ k[..., c].mT / 8).softmax(-1) @ v[..., c] for c in heads]
+        return self.linear(torch.cat(parts, -1), f"{name}.proj")
+
+    def head(self, levels, task, size):
+        small = [self.as_map(self.linear(x, f"heads.{task}.linears.{i}")) for i, x in enumerate(levels)]
+        quarter = [n // 4 for n in size]
+        maps = [F.interpolate(m, size=quarter, mode="bilinear", align_corners=False) for m in small]
+        f, y = f"heads.{task}.linear_fuse.1", torch.cat(maps, 1)
+        y = self.conv(y, f"heads.{task}.linear_fuse.0", padding=1)
+        y = (y.movedim(1, -1) - self.s[f"{f}.running_mean"]) / (self.s[f"{f}.running_var"] + 1e-5).sqrt()
+        y = F.gelu((y * self.s[f"{f}.weight"] + self.s[f"{f}.bias"]).movedim(-1, 1))
+        return F.interpolate(self.conv(y, f"heads.{task}.last_conv"), size=tuple(size), mode="bilinear")
+
+
 def released_outputs(state: dict[str, torch.Tensor], images: torch.Tensor, tasks) -> tuple[dict, dict]:
     """What SAK's equations make of such weights, line by line, on images of 48 x 48 px:
     {teacher: 4 x (B, C_k, 3, 3)} and {task: (B, K, 48, 48)}."""
     s = {key.removeprefix("backbone."): value for key, value in state.items()}
-
-    def linear(x, name):
-        return x @ s[f"{name}.weight"].T + s[f"{name}.bias"]
-
-    def norm(x, name, eps):
-        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + eps).sqrt()
-        return x * s[f"{name}.weight"] + s[f"{name}.bias"]
-
-    def conv(x, name, **options):
-        return F.conv2d(x, s[f"{name}.weight"], s[f"{name}.bias"], **options)
+    f = Equations(s, "vit", (3, 3))
 
     def adapter(z, name):
-        return z + s[f"{name}.scale"] * linear(F.gelu(linear(z, f"{name}.down")), f"{name}.up")
+        return z + s[f"{name}.scale"] * f.mlp(z, name, "down", "up")
 
-    def as_map(x):
-        return x.mT.reshape(len(x), -1, 3, 3)
-
-    colour = (images - torch.tensor([0.485, 0.456, 0.406])[:, None, None])
-    colour = colour / torch.tensor([0.229, 0.224, 0.225])[:, None, None]
-    x = conv(colour, "vit.patch_embed.proj", stride=16).flatten(2).mT
-    x = torch.cat([s["vit.cls_token"].repeat(len(x), 1, 1), x], 1) + s["vit.pos_embed"]
+    x = f.embed(images)
     paths = {t: adapter(x, f"tsap.{t}.0") for t in RELEASED}
     stem, normed = {}, {}
     for i in range(5):
         b = f"vit.blocks.{i}"
-        q, k, v = linear(norm(x, f"{b}.norm1", 1e-6), f"{b}.attn.qkv").split(128, -1)
-        parts = [(q[..., c] @ k[..., c].mT / 8).softmax(-1) @ v[..., c] for c in (slice(64), slice(64, 128))]
-        x = x + linear(torch.cat(parts, -1), f"{b}.attn.proj")
-        x = x + linear(F.gelu(linear(norm(x, f"{b}.norm2", 1e-6), f"{b}.mlp.fc1")), f"{b}.mlp.fc2")
+        x = x + f.attend(f.norm(x, f"{b}.norm1"), f"{b}.attn")
+        x = x + f.mlp(f.norm(x, f"{b}.norm2"), f"{b}.mlp")
         paths = {t: adapter(r + x, f"tsap.{t}.{i + 1}") for t, r in paths.items()}
         if i:
             stem[i] = x[:, 1:]
-            normed[i] = {t: norm(r[:, 1:], f"out_norms.{i}_{t}", 1e-5) for t, r in paths.items()}
+            normed[i] = {t: f.norm(r[:, 1:], f"out_norms.{i}_{t}", 1e-5) for t, r in paths.items()}
     aligned = "ts_aligners.1_sam.bias" in s
-    distilled = {t: [as_map(linear(normed[i][t], f"ts_aligners.{i}_{t}") if aligned else normed[i][t])
+    distilled = {t: [f.as_map(f.linear(normed[i][t], f"ts_aligners.{i}_{t}") if aligned else normed[i][t])
                      for i in normed] for t in RELEASED}
     predicted = {}
     for task in tasks:
-        maps = []
+        levels = []
         for i in normed:
             r = f"mor.{i}_{task}.router.module"
-            u = linear(F.gelu(norm(linear(stem[i], f"{r}.0"), f"{r}.1", 1e-5)), f"{r}.3")
+            u = f.linear(F.gelu(f.norm(f.linear(stem[i], f"{r}.0"), f"{r}.1", 1e-5)), f"{r}.3")
             w = u.mean(1)[:, :4].softmax(-1)  # (B, 4): stem, dinov2, clip, sam
             mixed = w[:, 0, None, None] * stem[i]
             for e, t in enumerate(RELEASED):
                 mixed = mixed + w[:, e + 1, None, None] * normed[i][t]
-            small = as_map(linear(mixed, f"heads.{task}.linears.{i - 1}"))
-            maps.append(F.interpolate(small, size=(12, 12), mode="bilinear", align_corners=False))
-        f = f"heads.{task}.linear_fuse.1"
-        y = conv(torch.cat(maps, 1), f"heads.{task}.linear_fuse.0", padding=1)
-        y = (y.movedim(1, -1) - s[f"{f}.running_mean"]) / (s[f"{f}.running_var"] + 1e-5).sqrt()
-        y = F.gelu((y * s[f"{f}.weight"] + s[f"{f}.bias"]).movedim(-1, 1))
-        predicted[task] = F.interpolate(conv(y, f"heads.{task}.last_conv"), size=(48, 48), mode="bilinear")
+            levels.append(mixed)
+        predicted[task] = f.head(levels, task, (48, 48))
     return distilled, predicted
 
 
@@ -813,7 +838,241 @@ def test_released_sak_is_loaded_whole_or_not(tmp_path):
             prism.load(path)
         assert message in str(error.value) and "\n" not in str(error.value)
     wide = state | {"backbone.vit.pos_embed": torch.zeros(1, 1009, 128)}
-    assert prism.sak_from_released(wide, path)[0].grid == (28, 36)
+    assert prism.from_released(wide, path)[0].grid == (28, 36)
+
+
+PASCAL = {"semseg": 21, "human_parts": 7, "normals": 3, "edge": 1, "sal": 2}
+NYUD = {"semseg": 40, "normals": 3, "edge": 1, "depth": 1}
+
+
+def released_prism(tasks: dict[str, int] | None, dim: int, levels: tuple[int, ...], patches: int,
+                   widths: tuple[int, ...], experts: int = 5, hidden: int = 4, depth: int = 5,
+                   patch: int = 16) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of a file of PRISM's released code, written from its description; hidden: of shared
+    and routed experts, in units of dim; tasks None: stage 1, else stage 2."""
+    p, shapes, D = "" if tasks is None else "backbone.", {}, dim
+
+    def layer(name: str, *shape: int) -> None:
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = shape, shape[:1]
+
+    def mlp(name: str, hidden: int) -> None:
+        layer(f"{name}.fc1", hidden, D), layer(f"{name}.fc2", D, hidden)
+
+    shapes[f"{p}task_composer_weights"] = (len(tasks or ()), 3)
+    for word, rows in {"task": len(tasks or ()), "vfm": 3, "task_free": 1}.items():
+        shapes[f"{p}{word}_condition_embeddings.weight"] = (rows, D)
+    t = f"{p}backbone"
+    shapes[f"{t}.pos_embed"], shapes[f"{t}.cls_token"] = (1, patches + 1, D), (1, 1, D)
+    layer(f"{t}.patch_embed.proj", D, 3, patch, patch), layer(f"{t}.norm", D)
+    for i in range(depth):
+        b, m = f"{t}.blocks.{i}", f"{t}.blocks.{i}.moe_ffn_layer"
+        layer(f"{b}.norm1", D), layer(f"{b}.norm2", D)
+        layer(f"{b}.attn.qkv", 3 * D, D), layer(f"{b}.attn.proj", D, D)
+        mlp(f"{b}.{'standard_ffn' if i in levels else 'mlp'}", 4 * D)
+        if i in levels:
+            shapes[f"{m}.ortho_loss_weight"] = shapes[f"{m}.variance_loss_weight"] = ()
+            for name in ("shared_expert", *(f"experts.{e}" for e in range(experts))):
+                mlp(f"{m}.{name}", hidden * D)
+            layer(f"{b}.gate_linear", 1, D), layer(f"{m}.router.film_layer.to_gamma_beta", 2 * D, D)
+            layer(f"{m}.router.W_gate_stage1", D, D)
+            layer(f"{m}.router.W_g_base", experts, D), layer(f"{m}.router.W_noise", experts, D)
+    for k, width in enumerate(widths):
+        for n in range(4):
+            name = f"{p}vfm_projection_heads.{k}_{n}.net"
+            layer(f"{name}.0", D, D), layer(f"{name}.2", width, D)
+    for task, channels in (tasks or {}).items():
+        for n in range(4):
+            layer(f"heads.{task}.linears.{n}", D // 4, D)
+        layer(f"heads.{task}.linear_fuse.0", D, D, 3, 3), layer(f"heads.{task}.last_conv", channels, D, 1, 1)
+        layer(f"heads.{task}.linear_fuse.1", D)
+        for name, shape in {"running_mean": (D,), "running_var": (D,), "num_batches_tracked": ()}.items():
+            shapes[f"heads.{task}.linear_fuse.1.{name}"] = shape
+    return shapes
+
+
+def random_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Fill shapes with numbers that keep signals near 1; keys reversed: their order must not matter."""
+    torch.manual_seed(0)
+    state = {}
+    for key, shape in reversed(shapes.items()):
+        if key.endswith("num_batches_tracked"):
+            state[key] = torch.tensor(7)
+        elif "embed" in key and len(shape) < 4:
+            state[key] = torch.randn(shape)
+        elif len(shape) > 1:
+            state[key] = torch.randn(shape) / math.prod(shape[1:]) ** 0.5
+        elif key.endswith(("weight", "running_var")):  # of norms
+            state[key] = torch.rand(shape) + 0.5
+        else:
+            state[key] = torch.randn(shape) * 0.3
+    return state
+
+
+def prism_outputs(state: dict[str, torch.Tensor], images: torch.Tensor, grid: tuple[int, int],
+                  tasks: dict[str, int] | None) -> tuple[dict, dict, dict]:
+    """What PRISM's equations make of such weights, with every expert on every token: {context: 4 x
+    (B, D, h, w)}, {teacher: 4 x (B, D_t, h, w)} of all images, {task: (B, C, H, W)}."""
+    s = {key.removeprefix("backbone.") if tasks else key: value.double() for key, value in state.items()}
+    f, depth = Equations(s, "backbone", grid), 1 + max(int(k.split(".")[2]) for k in s if ".blocks." in k)
+    tables = torch.cat([s["vfm_condition_embeddings.weight"], s["task_condition_embeddings.weight"]])
+    features, distilled, predicted = {}, {}, {}
+    for c, name in enumerate([*RELEASED, *(tasks or ())]):
+        x, levels = f.embed(images), []
+        for i in range(depth):
+            b = f"backbone.blocks.{i}"
+            m = f"{b}.moe_ffn_layer"
+            x = x + f.attend(f.norm(x, f"{b}.norm1"), f"{b}.attn")
+            u = f.norm(x, f"{b}.norm2")
+            if f"{m}.router.W_g_base.bias" not in s:
+                x = x + f.mlp(u, f"{b}.mlp")
+                continue
+            gamma, beta = f.linear(tables[c], f"{m}.router.film_layer.to_gamma_beta").chunk(2)
+            z = u + f.linear(u, f"{m}.router.W_gate_stage1").sigmoid() * (gamma * u + beta)
+            logits = f.linear(z, f"{m}.router.W_g_base")
+            third = logits.sort(-1, descending=True).values[..., 2:3]
+            w = logits.masked_fill(logits < third, -math.inf).softmax(-1)  # (B, N, E), 3 of them not 0
+            experts = f.mlp(u, f"{m}.shared_expert")
+            for e in range(w.shape[-1]):
+                experts = experts + w[..., e, None] * f.mlp(w[..., e, None] * u, f"{m}.experts.{e}")
+            lam = 0.5 + 0.5 * f.linear(u, f"{b}.gate_linear").sigmoid()
+            x = x + lam * f.mlp(u, f"{b}.standard_ffn") + (1 - lam) * experts
+            levels.append(f.norm(x, "backbone.norm")[:, 1:])
+        features[name] = [f.as_map(level) for level in levels]
+        if name in RELEASED:
+            distilled[name] = [f.as_map(f.mlp(level, f"vfm_projection_heads.{c}_{n}.net", "0", "2"))
+                               for n, level in enumerate(levels)]
+        else:
+            predicted[name] = f.head(levels, name, images.shape[-2:])
+    return features, distilled, predicted
+
+
+@pytest.mark.parametrize("tasks, grid, sizes", [
+    (None, (3, 3), {"dim": 128, "levels": (1, 2, 3, 4), "widths": (128, 128, 128)}),
+    (PASCAL, (3, 3), {"dim": 128, "levels": (0, 1, 3, 4), "widths": (96, 80, 160)}),
+    (NYUD, (28, 36), {"dim": 64, "levels": (1, 2, 3, 4), "widths": (96, 96, 96), "hidden": 1, "patch": 4}),
+    (None, (28, 36), {"dim": 64, "levels": (1, 2, 3, 5), "widths": (64, 96, 80), "patch": 4, "depth": 6}),
+])
+def test_released_prism_equals_its_equations(tasks, grid, sizes, tmp_path):
+    """Catches a key map that crosses two weights, teachers, tasks or levels, and an arithmetic that is not
+    the released code's: the loaded student against the same file evaluated line by line."""
+    state = random_weights(released_prism(tasks, patches=math.prod(grid), **sizes))
+    path, patch = tmp_path / "checkpoint.pth", sizes.get("patch", 16)
+    torch.save({"model": state}, path)
+    model = prism.load(path)
+    assert model.cfg == prism.PrismConfig(
+        dim=sizes["dim"], depth=sizes.get("depth", 5), heads=sizes["dim"] // 64, patch=patch, grid=grid,
+        moe_blocks=sizes["levels"], experts=5, top_k=3, expert_ratio=sizes.get("hidden", 4),
+        teachers=dict(zip(RELEASED, sizes["widths"], strict=True)), tasks=tasks or {},
+        mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), official=True)
+    assert list(model.cfg.teachers) == list(RELEASED) and list(model.cfg.tasks) == list(tasks or {})
+    assert not model.training
+    model, images = model.double(), torch.rand(2, 3, *(patch * n for n in grid)).double()
+    ids, close = torch.tensor([2, 0]), {"rtol": 1e-5, "atol": 1e-5, "check_dtype": False}
+    with torch.no_grad():
+        features, distilled, predicted = prism_outputs(state, images, grid, tasks)
+        ours = {name: model.features(images, name) for name in model.contexts}
+        torch.testing.assert_close(ours, features, **close)
+        expected = {name: [level[ids == i] for level in distilled[name]] for i, name in enumerate(RELEASED)}
+        torch.testing.assert_close(model.distill(images, ids), expected, **close)
+        torch.testing.assert_close(model.predict(images) if tasks else {}, predicted, **close)
+    assert all(x.std() > 0.1 for x in predicted.values())
+
+
+@pytest.mark.parametrize("tasks, widths, patches, keys, millions, digest", [
+    (None, 768, 576, 506, 409.69, "1ec20f8acec13626"),
+    (PASCAL, 1024, 1024, 591, 441.93, "2826f576144787ad"),
+    (NYUD, 1024, 1008, 574, 436.02, None),
+])
+def test_released_prism_of_size_base_is_taken_key_by_key(tasks, widths, patches, keys, millions, digest):
+    """Catches a description that is not that of the released files (digests of their keys and shapes), and
+    a parameter that is dropped on the way."""
+    shapes = released_prism(tasks, 768, (2, 5, 8, 11), patches, (widths,) * 3, experts=15, depth=12)
+    lines = "\n".join(f"{key} {list(shape)}" for key, shape in sorted(shapes.items()))
+    assert digest in (None, hashlib.sha256(lines.encode()).hexdigest()[:16]) and len(shapes) == keys
+    unused = [k for k in shapes if re.search("_loss_weight|task_composer|task_free", k) or 0 in shapes[k]]
+    statistics = [k for k in shapes if re.search("running|batches", k)]
+    assert len(unused) == (11 if tasks is None else 10)
+    cfg, state = prism.from_released({k: torch.empty(v, device="meta") for k, v in shapes.items()}, "a.pth")
+    grid = {576: (24, 24), 1024: (32, 32), 1008: (28, 36)}[patches]
+    assert cfg == replace(
+        prism.SIZES["base"], teachers=dict.fromkeys(RELEASED, widths), tasks=tasks or {}, grid=grid,
+        official=True, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    with torch.device("meta"):
+        model = prism.build(cfg)
+    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in state.items()}
+    sizes = {k: math.prod(v) for k, v in shapes.items()}
+    assert sum(v.numel() for v in state.values()) == sum(sizes.values()) - sum(sizes[k] for k in unused)
+    total = sum(sizes.values()) - sum(sizes[k] for k in statistics)
+    assert round(total / 1e6, 2) == millions == round(prism.count_parameters(model)[0] / 1e6, 2)
+
+
+@pytest.mark.parametrize("size, teacher", [("small", 768), ("base", 1024), ("large", 768), ("large", 1024)])
+def test_released_prism_of_other_sizes(size, teacher):
+    """Catches a size, or teachers of another size than the student, whose config is not what we call it."""
+    cfg = prism.SIZES[size]
+    for tasks, hidden in ((None, 4), (PASCAL, 1)):
+        shapes = released_prism(tasks, cfg.dim, cfg.moe_blocks, 576, (teacher,) * 3, 15, hidden, cfg.depth)
+        found, _ = prism.from_released({k: torch.empty(v, device="meta") for k, v in shapes.items()}, "a.pth")
+        assert found == replace(
+            cfg, teachers=dict.fromkeys(RELEASED, teacher), tasks=tasks or {}, expert_ratio=hidden,
+            official=True, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+
+def test_released_prism_is_loaded_whole_or_not(tmp_path):
+    """Catches weights that are silently left out, left random or taken twice: one line names the key."""
+    path = tmp_path / "checkpoint.pth"
+    state = random_weights(released_prism(PASCAL, 64, (1, 2, 3, 4), 9, (64, 64, 64)))
+    b = "backbone.backbone.blocks.2"
+    expert, w = f"{b}.moe_ffn_layer.experts", torch.zeros(64, 64)
+    cases = {
+        f"unknown key {b}.moe_ffn_layer.router.W_s.weight": {f"{b}.moe_ffn_layer.router.W_s.weight": w},
+        "unknown key backbone.backbone.head.weight": {"backbone.backbone.head.weight": w},
+        "unknown key backbone.vfm_projection_heads.3_0.net.0.weight": {
+            "backbone.vfm_projection_heads.3_0.net.0.weight": w},
+        "unknown key backbone.pos_embed": {"backbone.pos_embed": w},
+        "unknown key module.norm.bias": {"module.norm.bias": w},
+        "have teacher_embed (our name) twice, once as": {"vfm_condition_embeddings.weight": w},
+        "missing, in our names, blocks.2.gate.bias": {f"{b}.gate_linear.bias": None},
+        "missing, in our names, blocks.2.experts.b1": {f"{expert}.{e}.fc1.bias": None for e in range(5)},
+        "unknown, in our names, blocks.2.experts.w3": {f"{expert}.{e}.fc3.weight": w for e in range(5)},
+        "unknown, in our names, projectors.sam.0.1.bias": {"backbone.vfm_projection_heads.2_0.net.1.bias": w},
+        "missing, in our names, task_embed": {"backbone.task_condition_embeddings.weight": w[:0]},
+        "experts.3.w2 (our name) is missing, of another shape": {f"{expert}.3.fc2.weight": None},
+        "experts.5.w2 (our name) is missing, of another shape": {f"{expert}.5.fc2.weight": w},
+        "experts.4.b1 (our name) is missing, of another shape": {f"{expert}.4.fc1.bias": w[0]},
+        "lack blocks.1.shared.0.bias": {
+            "backbone.backbone.blocks.1.moe_ffn_layer.shared_expert.fc1.bias": None},
+        "lack cls_token (our name), or one of its dimensions": {"backbone.backbone.cls_token": w[0]},
+        "50 patches is neither square nor 28 x 36": {"backbone.backbone.pos_embed": torch.zeros(1, 51, 64)},
+        "task_embed (4, 64) instead of (5, 64)": {"backbone.task_condition_embeddings.weight": w[:4]},
+        "router.film_gate.weight (64, 63) instead": {
+            f"{b}.moe_ffn_layer.router.W_gate_stage1.weight": w[:, 1:]},
+    }
+    for message, changes in cases.items():
+        changed = {k: v for k, v in (state | changes).items() if v is not None}
+        torch.save({"model": changed}, path)
+        with pytest.raises(ValueError) as error:
+            prism.load(path)
+        assert message in str(error.value) and "\n" not in str(error.value)
+    unused = [k for k in state if re.search("_loss_weight|task_composer|task_free", k)]
+    torch.save({"model": {k: v for k, v in state.items() if k not in unused}}, path)
+    assert len(unused) == 10 and len(prism.load(path).cfg.tasks) == 5
+
+
+def test_released_position_table_of_a_named_grid(tmp_path):
+    """Catches rows taken for columns: a table of 2 x 8 patches is no 4 x 4 one, and one of 3 x 5 loads."""
+    path = tmp_path / "checkpoint.pth"
+    for grid in ((2, 8), (3, 5)):
+        state = random_weights(released_prism(None, 64, (1, 2, 3, 4), math.prod(grid), (64, 64, 64)))
+        torch.save({"model": state}, path)
+        images = torch.rand(1, 3, *(16 * n for n in grid)).double()
+        model = prism.load(path, grid=grid).double()
+        expected = prism_outputs(state, images, grid, None)[0]["sam"]
+        torch.testing.assert_close(model.features(images, "sam"), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"15 patches is neither square .* grid=\(h, w\)"):
+        prism.load(path)
+    torch.save({"model": random_weights(released_prism(None, 64, (1, 2, 3, 4), 9, (64, 64, 64)))}, path)
+    assert prism.load(path, grid=(4, 6)).pos_embed.shape == (1, 25, 64)
 
 
 # --------------------------------------------------------------------------------------------- losses
@@ -991,6 +1250,7 @@ class FakeTeachers:
     """Three fixed random teachers, so that tests of training need not raise any."""
 
     def __init__(self, names, device, compile=False, sam_size=None):
+        names = [name.partition("=")[0] for name in names]
         self.widths = dict.fromkeys(names, 8)
         self.provenance = {name: {"kind": "fake", "source": "nowhere", "size": 32} for name in names}
         self.generators = {name: i for i, name in enumerate(names)}
@@ -1023,6 +1283,83 @@ def tiny_run(small_world, out, **changes):
 def tiny(monkeypatch):
     monkeypatch.setattr(train.teachers, "Teachers", FakeTeachers)
     monkeypatch.setitem(prism.SIZES, "toy", replace(TINY, teachers={}, tasks={}, router_noise=0.5))
+
+
+NAMED = ("dinov2=toy-dino", "clip=toy-clip", "sam=toy-sam")
+
+
+def released_file(path, tasks=None, widths=(8, 8, 8)) -> prism.PrismConfig:
+    """Write a tiny released file for 32 x 32 px; returns the size whose students it fits."""
+    shapes = released_prism(tasks, 64, (1, 2, 3, 4), 16, widths, patch=8)
+    torch.save({"model": random_weights(shapes)}, path)
+    return replace(TINY, dim=64, heads=1, top_k=3, mlp_ratio=4.0, expert_ratio=4.0, teachers={}, tasks={})
+
+
+def test_training_goes_on_from_released_weights(small_world, tmp_path, tiny, monkeypatch, capsys):
+    """Catches released weights that are run with the paper's arithmetic, that stage 2 or a resumed run
+    forgets to be released ones, or that are not what training starts from."""
+    file = tmp_path / "released.pth"
+    monkeypatch.setitem(prism.SIZES, "toy", released_file(file))
+    theirs = prism.read_checkpoint(file)["model"]
+    settings = {"teachers": NAMED, "init": str(file), "steps": 2}
+    still = tiny_run(small_world, tmp_path / "still", stage="recompose", lr=0.0, **settings)
+    assert {k for k in still["model"] if not k.startswith(("heads.", "task_embed"))} == theirs.keys()
+    assert all(torch.equal(still["model"][k], v) for k, v in theirs.items())
+    assert still["config"]["official"] and still["config"]["mean"] == (0.485, 0.456, 0.406)
+    assert "new 103 (heads, task_embed), arithmetic of the released code" in capsys.readouterr().out
+    both = tiny_run(small_world, tmp_path / "both", stage="all", lr=1e-3, **settings)
+    first = prism.read_checkpoint(tmp_path / "both" / "deconstruct.pt")
+    for stored, before in ((first, theirs), (both, first["model"])):
+        changed = {k for k, v in before.items() if not torch.equal(stored["model"][k], v)}
+        assert {"blocks.1.router.film_gate.weight", "blocks.4.experts.w2", "pos_embed"} <= changed
+        assert stored["config"]["official"] and all(v.isfinite().all() for v in stored["model"].values())
+    assert first["provenance"]["init"].startswith("released.pth ")
+    tiny_run(small_world, tmp_path / "both", resume=True, lr=1e-3, **settings)
+    assert "holds all 2 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("teachers, changes, message", [
+    (NAMED, {"dim": 24, "heads": 1}, "width 64 there, 24 here"),
+    (NAMED, {"heads": 2}, "attention heads 1 there, 2 here"),
+    (NAMED, {"depth": 6}, "blocks 5 there, 6 here"),
+    (NAMED, {"experts": 6}, "router.logits.weight (5, 64) instead of (6, 64)"),
+    (NAMED, {"student": "dense"}, "student prism there, dense here"),
+    (("toy-dino", *NAMED[1:]), {}, "teachers dinov2 (8 wide) clip (8 wide) sam (8 wide) there, toy-dino (8"),
+    (NAMED[::-1], {}, "there, sam (8 wide) clip (8 wide) dinov2 (8 wide) here"),
+    (NAMED, {"widths": (8, 9, 8)}, "clip (9 wide) sam (8 wide) there, dinov2 (8 wide) clip (8 wide)"),
+])
+def test_released_weights_that_do_not_fit_are_refused(teachers, changes, message, small_world, tmp_path, tiny,
+                                                      monkeypatch):
+    """Catches weights that fit by shape and are wrong, and a message that does not say what differs."""
+    changes, file = dict(changes), tmp_path / "released.pth"
+    size = released_file(file, widths=changes.pop("widths", (8, 8, 8)))
+    kind = changes.pop("student", "prism")
+    monkeypatch.setitem(prism.SIZES, "toy", replace(size, **changes))
+    with pytest.raises(ValueError) as error:
+        tiny_run(small_world, tmp_path / "out", teachers=teachers, init=str(file), student=kind, steps=1)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_released_weights_are_scored(small_world, tmp_path, capsys):
+    """Catches an evaluation that needs what only our own checkpoints hold: data, step, teachers, seed."""
+    stage1, stage2, world = tmp_path / "one.pth", tmp_path / "two.pth", f"world:{small_world}"
+    released_file(stage1), released_file(stage2, TASKS)
+    for path in (stage1, stage2):
+        with pytest.raises(ValueError, match="does not say what it was trained on; name it with --data"):
+            scoring.main(scoring.Args(ckpt=path, device="cpu"))
+    scoring.main(scoring.Args(ckpt=stage2, data=world, device="cpu", analysis=True, analysis_images=2))
+    out = capsys.readouterr().out
+    assert "step not recorded" in out and "does not record what dinov2 is" in out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["headline"].keys() == TASKS.keys()
+    assert all(math.isfinite(value) for value in results["headline"].values())
+    assert all(task in out for task in TASKS) and (tmp_path / "predictions.png").exists()
+    scoring.main(scoring.Args(ckpt=stage1, data=world, device="cpu"))
+    out = capsys.readouterr().out
+    assert "no task heads (stage 1)" in out and "does not record what dinov2 is" in out
+    assert "student as sam" in json.loads((tmp_path / "results_stage1.json").read_text())["probes"]
+    scoring.main(scoring.Args(ckpt=stage2, device="cpu", cost=True))
+    assert "PRISM" in capsys.readouterr().out
 
 
 def test_resume_is_exact(small_world, tmp_path, tiny, monkeypatch):
@@ -2054,6 +2391,10 @@ def test_student_starts_from_a_vit(tmp_path, small_world, toy_cache, monkeypatch
     assert stored["config"]["mean"] == (0.4,) * 3, "stage 2 forgot what its trunk was trained on"
     first = prism.read_checkpoint(tmp_path / "out" / "deconstruct.pt")["provenance"]["init"]
     assert first.startswith("vit ") and len(first.split()[1]) == 12
+    torch.save(state, tmp_path / "vit.pth")  # no checkpoint of ours or of the released code
+    stored = tiny_run(small_world, tmp_path / "pth", stage="deconstruct", steps=1, teachers=("toy-sam",),
+                      init=str(tmp_path / "vit.pth"))
+    assert stored["provenance"]["init"].startswith("vit.pth ")
     with pytest.raises(ValueError, match="do not fit this student"):
         prism.start_from_vit(prism.Prism(replace(cfg, dim=32)), state, folder)
 

@@ -83,7 +83,7 @@ class Args:
     distill: bool = True  # --no-distill: recompose without teachers and from random weights, or --init
 
     out_dir: Path = Path("out")  # checkpoints and log.jsonl
-    init: str | None = None  # our .pt, or a timm ViT: augreg-s, FILE, ... (recompose: OUT_DIR/deconstruct.pt)
+    init: str | None = None  # checkpoint or timm ViT: augreg-s, FILE, ... (recompose: OUT_DIR/deconstruct.pt)
     resume: bool = False  # go on from the last checkpoint in OUT_DIR
     seed: int = 0  # of weights, order, augmentation, noise
     device: str | None = None  # default: cuda if there is one, else cpu
@@ -256,11 +256,11 @@ def student_config(args: Args, **changes) -> prism.PrismConfig:
     return replace(size, student=args.student, without=tuple(args.without), **given, **changes)
 
 
-def build_student(args: Args, stage: Stage, widths: dict[str, int], tasks: dict[str, int]) -> prism.Student:
-    """Make the seeded student for these teachers {name: width} and tasks {name: channels}."""
+def build_student(args: Args, stage: Stage, **changes) -> prism.Student:
+    """Make the seeded student for the stage's images; changes: of its config."""
     torch.manual_seed(args.seed)
     grid = tuple(side // prism.SIZES[args.size].patch for side in stage.image_size)
-    return prism.build(student_config(args, grid=grid, teachers=widths, tasks=tasks))
+    return prism.build(student_config(args, grid=grid, **changes))
 
 
 NEW = re.compile(r"blocks\.\d+\.(gate|shared|router|experts)\.|teacher_embed|task_embed|projectors|heads|"
@@ -571,8 +571,10 @@ def prepare(args: Args, rt: Runtime, name: str, taught: teachers.Teachers) -> Ru
     dataset = first_rank_first(rt, lambda: open_train(args, stage))
     stage, path = choose_recipe(args, name, len(dataset)), args.out_dir / stage.checkpoint
     tasks = choose_tasks(args, dataset) if stage.view == "multitask" else {}
-    student = build_student(args, stage, taught.widths, tasks)
-    origin, report = initial_weights(args, name, student)
+    source, given = read_init(args, name)
+    official = given is not None and given["config"].get("official", False)  # its router has one matrix more
+    student = build_student(args, stage, teachers=taught.widths, tasks=tasks, official=official)
+    origin, report = initial_weights(student, source, given)
     provenance = {
         "data": dataset.source, "teachers": taught.provenance, "init": origin, "code": git_revision(),
         "torch": str(torch.__version__), "schedule": schedule_of(args, stage, taught),
@@ -605,27 +607,53 @@ def schedule_of(args: Args, stage: Stage, taught: teachers.Teachers) -> dict:
                          for name, p in taught.provenance.items()}}
 
 
-def initial_weights(args: Args, name: str, student: prism.Student) -> tuple[str, str]:
-    """Fill a new student from --init, or stage 2's from stage 1; returns file with hash, and a report."""
+def read_init(args: Args, name: str) -> tuple[str | None, dict | None]:
+    """Return whence a stage's first weights come: --init, or for stage 2 stage 1; and what that holds.
+
+    No source: random weights. No content: the source is a timm ViT. Raises FileNotFoundError, ValueError.
+    """
     source = args.init if args.stage != "all" or name == "deconstruct" else None
     if source is None and name == "recompose" and args.distill:
         source = str(args.out_dir / ON_IMAGES.checkpoint)
+    ours = source is not None and (source.endswith(".pt") or prism.is_released(source))
+    if not ours:
+        return source, None
+    return source, prism.read_checkpoint(source)
+
+
+def initial_weights(student: prism.Student, source: str | None, given: dict | None) -> tuple[str, str]:
+    """Fill a new student from what `read_init` returned; returns file with hash, and a report."""
     if source is None:
         return "random weights", "random weights"
-    if not source.endswith((".pt", ".pth")) or source in teachers.SOURCES:
+    if given is None:
         weights = teachers.read_source(source)
         report = prism.start_from_vit(student, weights.tensors, weights.path)
         student.expect(*(weights.hints.get(k, teachers.HALF[k]) for k in ("mean", "std")))
         origin, digest = Path(weights.provenance["source"]).name, weights.provenance["sha256"][:12]
         return f"{origin} {digest}", f"{source}: {report}"
     path = Path(source)
-    stored = prism.read_checkpoint(path)
-    cfg, state = prism.config_from(stored["config"], path), stored["model"]
+    cfg, state = prism.config_from(given["config"], path), given["model"]
+    check_same_kind(path, cfg, student.cfg)
     state["pos_embed"] = prism.resize_pos(state["pos_embed"], tuple(cfg.grid), student.cfg.grid)
     new = ("heads", "task_embed", "mixers")
     report = prism.load_strict(student, state, path, new=new, dropped=new)
+    report += ", arithmetic of the released code" * cfg.official
     student.expect(cfg.mean, cfg.std)
     return f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}", f"{path}: {report}"
+
+
+def check_same_kind(path: Path, cfg: prism.PrismConfig, ours: prism.PrismConfig) -> None:
+    """Raise ValueError where weights are of another size than the student, or know other teachers.
+
+    Teachers in another order, or other attention heads, would fit by shape, and be wrong.
+    """
+    theirs, ours = ({
+        "student": c.student, "width": c.dim, "blocks": c.depth, "attention heads": c.heads,
+        "teachers": " ".join(f"{name} ({width} wide)" for name, width in c.teachers.items()) or "none",
+    } for c in (cfg, ours))
+    if differ := [f"{k} {theirs[k]} there, {ours[k]} here" for k in ours if ours[k] != theirs[k]]:
+        raise ValueError(f"cannot start from {path}: {'; '.join(differ)}; use its --student, --size and "
+                         "--teachers, in its order (dinov2=SOURCE gives a teacher the name dinov2)")
 
 
 def check_same_run(path: Path, stored: dict, ours: dict) -> None:
