@@ -789,7 +789,7 @@ class Dense(Student):
         return levels
 
     def forward(self, images: Tensor, teacher_ids: Tensor | None = None, tasks: Sequence[str] = ()) -> Output:
-        """Run the trunk once for all; arguments as PRISM's."""
+        """Run the trunk once for all; arguments as PRISM's, teacher_ids also (B, K) as SAK's."""
         levels = self.trunk(images)
         predicted = {task: self.heads[task](levels, images.shape[-2:]) for task in tasks}
         if teacher_ids is None:

@@ -1390,7 +1390,8 @@ def test_resume_is_exact(small_world, tmp_path, tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("changes", [
-    {"student": "sak"}, {"student": "dense"}, {"student": "wide"}, {"student": "moe"},
+    {"student": "sak"}, {"student": "dense", "every_teacher": True}, {"student": "wide"}, {"student": "moe"},
+    {"student": "sak", "every_teacher": False},
     {"without": ("anchor", "film"), "decorr_levels": 3},
     {"expert_ratio": 1.0, "top_k": 1, "experts": 3},
 ])
@@ -1423,6 +1424,25 @@ def test_every_student_trains_resumes_and_is_scored(changes, small_world, tmp_pa
     capsys.readouterr()
     scoring.main(scoring.Args(ckpt=tmp_path / "whole" / "prism.pt", cost=True))
     assert {"prism": "PRISM", "sak": "SAK"}.get(kind, kind) in capsys.readouterr().out
+
+
+def test_every_teacher_sees_every_image(small_world, tmp_path, tiny, monkeypatch):
+    """Catches a switch that leaves the assignment as it was: SAK's default, dense on demand, PRISM never."""
+    targets, seen = FakeTeachers.targets, []
+
+    def note(self, images, teacher_ids):
+        maps = targets(self, images, teacher_ids)
+        seen.append([len(levels[0]) for levels in maps.values()])
+        return maps
+
+    monkeypatch.setattr(FakeTeachers, "targets", note)
+    for changes, expected in (({"student": "sak"}, [6, 6, 6]), ({"student": "dense"}, [2, 2, 2]),
+                              ({"student": "sak", "every_teacher": False}, [2, 2, 2]),
+                              ({"student": "dense", "every_teacher": True}, [6, 6, 6])):
+        tiny_run(small_world, tmp_path, stage="deconstruct", steps=1, **changes)
+        assert seen.pop() == expected, changes
+    with pytest.raises(ValueError, match="chosen for one teacher per image; use sak, dense or wide"):
+        tiny_run(small_world, tmp_path, every_teacher=True)
 
 
 def test_without_distillation(small_world, tmp_path, tiny, monkeypatch):
@@ -5019,7 +5039,8 @@ def test_contest_runs_restarts_and_names_what_failed(folder, tmp_path, capsys, m
     assert report["minutes"]["lite"] == [pytest.approx((20 * 0.1 + 10 * 0.2 + 10 * 0.3) / 60)] * 2
     assert report["cost"]["prism"]["gmac"] > 0 and "| lite |" in (tmp_path / "contest.md").read_text()
     with Image.open(tmp_path / "contest.png") as picture:
-        assert picture.size == (130 + 190 * 7, 90 + 30 * 2) and (70, 110, 180) in set(picture.getdata())
+        colours = {colour for _, colour in picture.getcolors(2**16)}
+        assert picture.size == (130 + 190 * 7, 90 + 30 * 2) and (70, 110, 180) in colours
     with pytest.raises(OSError, match="holds a run with other flags .*--steps 7"):
         scoring.main(replace(args, train_args="--steps 8"))
     with pytest.raises(ValueError, match="unknown contestant zebra"):

@@ -66,6 +66,7 @@ class Args:
     top_k: int | None = None  # experts per token (default: the size's)
     expert_ratio: float | None = None  # hidden width of shared and routed experts over D; 1 is "lite"
     gate_start: float | None = None  # lambda of a new prism (default: 0.94, the expert stream fades in)
+    every_teacher: bool | None = None  # each image serves all teachers, or one (default: sak all, others one)
     decorr_levels: int = 2  # the first levels are decorrelated; 0: none
     data: str = "world"  # world, world-nyud; KIND:FOLDER: pascal, nyud; stage 1 also images, imagenet, tars
     teachers: tuple[str, ...] = ("toy-clip", "toy-dino", "toy-sam")  # `python teachers.py`; or NAME=FOLDER
@@ -181,6 +182,9 @@ def check_args(args: Args) -> None:
     elif args.stage != "recompose":
         raise ValueError(f"--no-distill leaves nothing to {args.stage}; add --stage recompose")
     prism.check_config(student_config(args))
+    if args.student in ("prism", "moe") and args.every_teacher:
+        raise ValueError(f"--every-teacher True with {args.student}: its experts are chosen for one teacher "
+                         "per image; use sak, dense or wide")
     if unknown := [task for task in args.tasks if task not in data.TASKS]:
         raise ValueError(f"unknown task {', '.join(unknown)}; known are {', '.join(data.TASKS)}")
     for name in stage_names(args.stage):
@@ -602,7 +606,7 @@ def schedule_of(args: Args, stage: Stage, taught: teachers.Teachers) -> dict:
     """List what may not change between a checkpoint and the run that resumes it."""
     return {"data": args.data, "batch size": stage.batch_size, "lr": stage.lr,
             "weight decay": stage.weight_decay, "distill weight": args.distill_weight,
-            "decorr levels": args.decorr_levels,
+            "decorr levels": args.decorr_levels, "every teacher": serves_all(args),
             "teachers": {name: [p.get(k) for k in ("sha256", "settings", "size")]
                          for name, p in taught.provenance.items()}}
 
@@ -787,15 +791,20 @@ def pass_over(args: Args, rt: Runtime, run: Run, model: nn.Module, taught: teach
             **routing_values(out.routes, cfg.moe_blocks)}
 
 
-def choose_teachers(run: Run, seed: int, step: int) -> Tensor:
-    """Choose whom every image of a step serves: one teacher (B,), or for SAK all K of them (B, K).
+def serves_all(args: Args) -> bool:
+    """Tell whether every image serves every teacher."""
+    return args.student == "sak" if args.every_teacher is None else args.every_teacher
+
+
+def choose_teachers(args: Args, run: Run, step: int) -> Tensor:
+    """Choose whom every image of a step serves: one teacher (B,), or all K of them (B, K).
 
     Returns int64 on the host.
     """
     B, K = run.stage.batch_size, len(run.student.cfg.teachers)
-    if isinstance(run.student, prism.SAK):
+    if serves_all(args):
         return torch.arange(K).expand(B, K)
-    return torch.from_numpy(assign_teachers(B, K, seed, step))
+    return torch.from_numpy(assign_teachers(B, K, args.seed, step))
 
 
 def update(args: Args, rt: Runtime, run: Run, model: nn.Module, taught: teachers.Teachers, batch: dict,
@@ -807,7 +816,7 @@ def update(args: Args, rt: Runtime, run: Run, model: nn.Module, taught: teachers
     stage, B, parts = run.stage, run.stage.batch_size // rt.world_size, args.accumulate
     batch = {k: v.to(rt.device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
     if run.student.cfg.teachers:
-        batch["teacher"] = choose_teachers(run, args.seed, step)[rt.rank * B : (rt.rank + 1) * B]
+        batch["teacher"] = choose_teachers(args, run, step)[rt.rank * B : (rt.rank + 1) * B]
     for group in run.optimizer.param_groups:
         group["lr"] = group["factor"] * lr_at(step, stage)
     values = []
@@ -881,7 +890,7 @@ def bench(args: Args, rt: Runtime, run: Run, taught: teachers.Teachers) -> None:
     rates = {"whole steps": images_per_s(N, taught)}
     images_per_s(N, taught, split=True)
     batch = next(batches)
-    ids = choose_teachers(run, args.seed, 0).chunk(rt.world_size)[rt.rank] if taught.widths else None
+    ids = choose_teachers(args, run, 0).chunk(rt.world_size)[rt.rank] if taught.widths else None
     with torch.autocast(rt.device.type, rt.amp) if rt.amp else nullcontext():
         given = Given(taught.targets(batch["image"].to(rt.device), ids))
     rates["student alone, one batch"] = images_per_s(N, given, batch)
