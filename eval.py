@@ -1477,17 +1477,19 @@ def contest_text(report: dict) -> str:
     def line(*cells) -> str:
         return "| " + " | ".join(cells) + " |"
 
-    def spread(values: list[float]) -> str:
-        digits = 3 if abs(np.mean(values)) < 5 else 2
+    def spreads(columns: dict[str, list[float]]) -> list[str]:
+        return [spread(values, 3 if name == "depth" else 2) for name, values in columns.items()]
+
+    def spread(values: list[float], digits: int = 2) -> str:
         return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.{digits}f}"
 
     tasks, cost = list(report["single_task"]), report["cost"]
     text = [line("", *tasks, "Delta_m %", "M", "active M", "GMAC", "ms", "training, min"),
             line(*["---"] * (len(tasks) + 7)),
-            line("single-task", *(spread(v) for v in report["single_task"].values()), *["0"], *[""] * 5)]
+            line("single-task", *spreads(report["single_task"]), "0", *[""] * 5)]
     for name, row in report["scores"].items():
         c, minutes = cost[name], np.mean(report["minutes"][name])
-        text.append(line(name, *(spread(v) for v in row.values()), f"{c['parameters']:.2f}",
+        text.append(line(name, *spreads(row), f"{c['parameters']:.2f}",
                          f"{c['active']:.2f}", f"{c['gmac']:.3f}", f"{c['ms']:.1f}", f"{minutes:.1f}"))
     text += ["", f"Better than {report['lead']} by (mean ± half the 95 % interval, paired by seed):", "",
              line("", *tasks, "Delta_m"), line(*["---"] * (len(tasks) + 2))]
