@@ -7,6 +7,7 @@ test would catch.
 
 import colorsys
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -171,7 +172,7 @@ def test_block_never_asks_the_device(autocast):
         torch.randn(3).sum().item()
 
 
-def test_bench_prints_ratios_beside_what_flops_say(capsys):
+def test_bench_prints_ratios_beside_what_flops_say(capsys, monkeypatch):
     """Catches a variant that computes something else, or an operator that the FLOP counter does not see."""
     args = prism.Args(bench=True, device="cpu", tokens=60, dim=32, experts=4, top_k=2, repeats=1)
     device = torch.device("cpu")
@@ -183,9 +184,13 @@ def test_bench_prints_ratios_beside_what_flops_say(capsys):
     outputs = [w.run() for name, w in works.items() if "masked" not in name and "ideal" not in name]
     for y in outputs[1:]:
         torch.testing.assert_close(y, outputs[0], rtol=1e-4, atol=1e-6)
-    prism.main(args)
-    out = capsys.readouterr().out
-    assert all(word in out for word in ("masked loop", "dual stream", "top-k doubled", "kept MiB"))
+    quick = functools.partial(torch.compile, backend="aot_eager")  # no machine code: seconds, not a minute
+    monkeypatch.setattr(torch, "compile", quick)
+    for compiled in (False, True):
+        prism.main(replace(args, compile=compiled))
+        out = capsys.readouterr().out
+        assert all(word in out for word in ("masked loop", "dual stream", "top-k doubled", "kept MiB"))
+        assert ("compiled" if compiled else "eager") in out
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -1540,6 +1545,20 @@ def test_recomputing_changes_no_number(small_world, tmp_path, tiny):
     kept, again = (tiny_run(small_world, tmp_path / str(flag), steps=3, recompute=flag)["model"]
                    for flag in (False, True))
     assert [key for key in kept if not torch.equal(kept[key], again[key])] == []
+
+
+def test_compiled_training_equals_eager(small_world, tmp_path, tiny, monkeypatch):
+    """Catches a block or head that does not compile in the training loop, or not beside recomputation, and
+    a benchmark that cannot count the FLOPs of a compiled student."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    settings = {"stage": "all", "steps": 2, "log_every": 1}
+    for name, changes in (("eager", {}), ("compiled", {"compile": True, "recompute": True})):
+        tiny_run(small_world, tmp_path / name, **settings, **changes)
+    logs = [[json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+            for name in ("eager", "compiled")]
+    for row, other in zip(*logs, strict=True):
+        assert (row["loss"], row["grad_norm"]) == pytest.approx((other["loss"], other["grad_norm"]), rel=1e-4)
+    tiny_run(small_world, tmp_path / "compiled", stage="recompose", compile=True, bench=1)
 
 
 def test_training_bench(small_world, tmp_path, capsys):

@@ -741,10 +741,10 @@ class Given:
 def place(args: Args, rt: Runtime, student: prism.Student) -> None:
     """Move the student to the device; wrap, compile and shard its blocks as the arguments say."""
     student.to(rt.device).train()
-    for block in student.blocks if args.recompute else ():
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if compiles(args, rt):
         student.compile_parts()
+    for block in student.blocks if args.recompute else ():  # around the compiled one: it cannot look inside
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if args.shard:
         from torch.distributed.fsdp import fully_shard  # takes a second to import
 
