@@ -1061,11 +1061,13 @@ def analyse(model, members: dict[str, teachers.Teacher], images: Tensor, picks: 
     """
     cfg, blocks = model.cfg, []
     gradients = teacher_gradients(model, members, images, batch_size) if len(members) > 1 else ()
+    if picks is None and not gradients:
+        return []
     if picks is None:
         pairs = [(i, j, f"{a} + {b}") for (i, a), (j, b) in combinations(enumerate(members), 2)]
         return [{"block": block, "tasks": {}, "teachers": {
             pair: {"cos_shared": F.cosine_similarity(*shared[[i, j]], dim=0).item()} for i, j, pair in pairs}}
-            for block, (shared,) in zip(cfg.moe_blocks, gradients, strict=False)]
+            for block, (shared,) in zip(cfg.moe_blocks, gradients, strict=True)]
     for b, block in enumerate(cfg.moe_blocks):
         row = {"block": block, "teachers": {}, "tasks": {}}
         for kind, first in (("teachers", 0), ("tasks", len(cfg.teachers))):

@@ -152,10 +152,11 @@ class Router(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.film = self.concatenated = None
-        if "film" in cfg.without:
-            self.concatenated = nn.Linear(cfg.dim, cfg.experts, bias=False)
-        elif "context" not in cfg.without:
-            self.film = nn.Linear(cfg.dim, 2 * cfg.dim)
+        if "context" not in cfg.without:
+            if "film" in cfg.without:
+                self.concatenated = nn.Linear(cfg.dim, cfg.experts, bias=False)
+            else:
+                self.film = nn.Linear(cfg.dim, 2 * cfg.dim)
         self.logits = nn.Linear(cfg.dim, cfg.experts)
         self.noise = nn.Linear(cfg.dim, cfg.experts)
         if cfg.official:

@@ -404,7 +404,8 @@ def test_position_table_resizes():
 
 
 @pytest.mark.parametrize("changes", [{}, {"student": "moe"}, {"student": "dense"}, {"student": "wide"},
-                                     {"without": ("anchor",)}, {"without": ("film", "shared")}])
+                                     {"without": ("anchor",)}, {"without": ("film", "shared")},
+                                     {"without": ("film", "context")}])
 @pytest.mark.parametrize("stage", ["deconstruct", "recompose"])
 def test_every_parameter_gets_a_gradient(stage, changes):
     """Catches a module that no loss reaches: DDP would wait for it for ever."""
@@ -824,6 +825,16 @@ def test_released_sak_equals_its_equations(stage, aligned, tmp_path):
     torch.testing.assert_close(out.predicted, predicted, rtol=1e-5, atol=1e-5)
 
 
+def assert_each_is_named(path, state, cases):
+    """Change a released file as each case says (None: leave out); the one line must hold its message."""
+    for message, changes in cases.items():
+        changed = {k: v for k, v in (state | changes).items() if v is not None}
+        torch.save({"model": changed}, path)
+        with pytest.raises(ValueError) as error:
+            prism.load(path)
+        assert message in str(error.value) and "\n" not in str(error.value)
+
+
 def test_released_sak_is_loaded_whole_or_not(tmp_path):
     """Catches weights that are silently left out or left random: one line names the key."""
     state, path = released_sak(2, True), tmp_path / "checkpoint.pth"
@@ -836,12 +847,7 @@ def test_released_sak_is_loaded_whole_or_not(tmp_path):
         "50 patches is neither square nor 28 x 36": {"backbone.vit.pos_embed": torch.zeros(1, 51, 128)},
         "mixers.sal.2.score.0.weight": {rename: torch.zeros(64, 127)},
     }
-    for message, changes in cases.items():
-        changed = {k: v for k, v in (state | changes).items() if v is not None}
-        torch.save({"model": changed}, path)
-        with pytest.raises(ValueError) as error:
-            prism.load(path)
-        assert message in str(error.value) and "\n" not in str(error.value)
+    assert_each_is_named(path, state, cases)
     wide = state | {"backbone.vit.pos_embed": torch.zeros(1, 1009, 128)}
     assert prism.from_released(wide, path)[0].grid == (28, 36)
 
@@ -1053,12 +1059,7 @@ def test_released_prism_is_loaded_whole_or_not(tmp_path):
         "router.film_gate.weight (64, 63) instead": {
             f"{b}.moe_ffn_layer.router.W_gate_stage1.weight": w[:, 1:]},
     }
-    for message, changes in cases.items():
-        changed = {k: v for k, v in (state | changes).items() if v is not None}
-        torch.save({"model": changed}, path)
-        with pytest.raises(ValueError) as error:
-            prism.load(path)
-        assert message in str(error.value) and "\n" not in str(error.value)
+    assert_each_is_named(path, state, cases)
     unused = [k for k in state if re.search("_loss_weight|task_composer|task_free", k)]
     torch.save({"model": {k: v for k, v in state.items() if k not in unused}}, path)
     assert len(unused) == 10 and len(prism.load(path).cfg.tasks) == 5
@@ -1571,7 +1572,8 @@ def test_training_bench(small_world, tmp_path, capsys):
     assert all(f"\n  {part} " in out for part in parts)
     assert re.search(r"student alone, one batch +[\d.]+ images/s, [\d.]+ TFLOP/s of", out)
     assert list(tmp_path.iterdir()) == []
-    for changes, why in (({"accumulate": 2}, "times single passes"), ({"shard": True}, "this is one")):
+    for changes, why in (({"accumulate": 2}, "times single passes"), ({"shard": True}, "this is one"),
+                         ({"bench": 0}, "give 1 or more")):
         with pytest.raises(ValueError, match=why):
             train.train(replace(args, **changes))
 

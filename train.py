@@ -198,6 +198,8 @@ def check_args(args: Args) -> None:
         if args.distill and batch < len(args.teachers):
             raise ValueError(f"batch size {batch} is smaller than the number of teachers "
                              f"({len(args.teachers)}); every step needs an image for each")
+        if args.bench is not None and args.bench < 1:
+            raise ValueError(f"--bench {args.bench} steps; give 1 or more, or leave it out to train")
         if args.bench and args.accumulate > 1:
             raise ValueError(f"--bench with --accumulate {args.accumulate}: it times single passes; leave it "
                              "out and divide the batch size")
@@ -539,8 +541,10 @@ class Log:
 
 def routing_values(routes: list[prism.Route], blocks: tuple[int, ...]) -> dict[str, Tensor]:
     """Summarise routes per MoE block: mean lambda, load max/mean, experts that no token chose."""
-    loads, values = mean_loads(routes) if routes else [], {}
-    for i, route, load in zip(blocks, routes, loads, strict=False):  # students without experts: none
+    if not routes:  # a student without experts
+        return {}
+    loads, values = mean_loads(routes), {}
+    for i, route, load in zip(blocks, routes, loads, strict=True):
         values[f"lambda/{i}"] = route.gate
         values[f"load/{i}"] = load.max() / load.mean()
         values[f"dead/{i}"] = (load == 0).sum()
