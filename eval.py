@@ -1348,7 +1348,7 @@ def train_and_score(folder: Path, flags: list[str], slot: int) -> dict:
     here, gpus = Path(__file__).parent, torch.cuda.device_count()
     place = {"CUDA_VISIBLE_DEVICES": str(slot % gpus)} if gpus else {"OMP_NUM_THREADS": "1"}
     for script, *given in () if results.exists() else (
-            ("train.py", *flags, "--out-dir", folder, "--resume"),
+            ("train.py", *flags, "--out-dir", folder),
             ("eval.py", "--ckpt", folder / "prism.pt", "--analysis")):
         with open(folder / "log.txt", "a") as log:
             done = subprocess.run([sys.executable, here / script, *given], env=os.environ | place, stdout=log,

@@ -18,18 +18,23 @@ tokens, H x W pixels, h x w patches. R rows = images x contexts, all images of o
 "eq." numbers are the paper's; "official" marks what the released code does otherwise.
 """
 
+import hashlib
+import json
 import math
 import os
 import pickle
 import random
 import re
+import shutil
+import signal
 import statistics
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # before torch: see train.py
 
@@ -37,6 +42,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange, repeat
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
@@ -643,9 +650,10 @@ class Student(nn.Module):
         (depth, 1). images (B, 3, H, W) RGB in [0, 1]. Raises ValueError for a task without a head.
         """
         tasks = list(self.cfg.tasks if tasks is None else tasks)
-        if unknown := [task for task in tasks if task not in self.cfg.tasks]:
+        if (unknown := [task for task in tasks if task not in self.cfg.tasks]) or not tasks:
             known = ", ".join(self.cfg.tasks) or "no task (stage 1): run train.py --stage recompose"
-            raise ValueError(f"no head for {', '.join(unknown)}; this student has heads for {known}")
+            raise ValueError(f"no head for {', '.join(unknown) or 'any task'}; this student has heads for "
+                             f"{known}")
         return self(images, tasks=tasks).predicted
 
 
@@ -968,9 +976,14 @@ def build(cfg: PrismConfig) -> Student:
 
 def check_config(cfg: PrismConfig) -> None:
     """Raise ValueError where sizes do not fit together."""
+    hidden = {k: int(cfg.dim * getattr(cfg, k)) for k in ("mlp_ratio", "expert_ratio")}
+    sizes = {k: getattr(cfg, k) for k in ("dim", "depth", "heads", "patch")} | hidden
+    sizes |= {"grid": min(cfg.grid), "std": min(cfg.std), **cfg.teachers, **cfg.tasks}
+    if wrong := [name for name, value in sizes.items() if not value > 0]:
+        raise ValueError(f"{wrong[0]} of the student is zero or less: nothing would be left; use more")
     if cfg.student not in STUDENTS:
         raise ValueError(f"student {cfg.student!r} is not known; use {' or '.join(STUDENTS)}")
-    if len(cfg.moe_blocks) != 4 or max(cfg.moe_blocks) >= cfg.depth:
+    if len(set(cfg.moe_blocks)) != 4 or max(cfg.moe_blocks) >= cfg.depth or min(cfg.moe_blocks) < 0:
         raise ValueError(f"moe_blocks {cfg.moe_blocks} must be four of the {cfg.depth} blocks, from 0")
     if cfg.student == "sak" and max(cfg.moe_blocks) != cfg.depth - 1:
         raise ValueError(f"moe_blocks {cfg.moe_blocks} of {cfg.student} must include the last of the "
@@ -1010,45 +1023,130 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 # -------------------------------------------------------------------------------------- save and load
 
 
-def write_checkpoint(path: str | Path, content: dict) -> None:
-    """Write atomically: a temporary file, fsync, rename. A failure leaves the old file as it was."""
+CONTENT = {  # what a training checkpoint holds; one for use alone has the first two
+    "model": dict, "config": dict, "optimizer": dict, "stage": str, "step": int, "steps": int, "seed": int,
+    "provenance": dict,
+}
+
+
+def write_file(path: str | Path, write: Callable[[Path], None], previous: Path | None = None) -> None:
+    """Write atomically: write(a temporary file), fsync, rename. The file that was there becomes `previous`.
+
+    Killed at any moment, or out of space, it leaves the old file whole under its name. Raises OSError.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
+        write(temporary)
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        if previous and path.exists():
+            previous.unlink(missing_ok=True)
+            try:
+                os.link(path, previous)  # a second name: `path` is never missing
+            except OSError:  # a file system without links
+                shutil.copyfile(path, previous)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own
+        raise OSError(f"cannot write {path}: {one_line(error)}; free space or choose another folder "
+                      "(nothing was overwritten)") from error
+    finally:
         temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write checkpoint {path}: {one_line(error)}; free space or choose another "
-                      "--out-dir (nothing was overwritten)") from error
 
 
-def read_checkpoint(path: str | Path, grid: tuple[int, int] | None = None) -> dict:
-    """Read a checkpoint of ours: model, config, and in training ones optimizer, step, seed, provenance.
+def write_checkpoint(path: str | Path, content: dict, previous: Path | None = None) -> None:
+    """Write CONTENT, or a part of it, for `read_checkpoint`; see write_file."""
+    write_file(path, lambda file: torch.save(content, file), previous)
+
+
+def write_export(path: str | Path, content: dict) -> None:
+    """Write a student to one safetensors file; all but its weights becomes JSON in the metadata."""
+    state = {k: v.detach().cpu().contiguous() for k, v in content["model"].items()}
+    facts = {k: json.dumps(v) for k, v in content.items() if k not in ("model", "optimizer")}
+    facts |= {"format": "prism", "sha256": digest(state, facts)}
+    write_file(path, lambda file: save_file(state, file, facts))
+
+
+def digest(state: dict[str, Tensor], facts: dict[str, str]) -> str:
+    """Return the sha256 of an export's names, shapes, weights and metadata: safetensors has no checksum."""
+    total = hashlib.sha256(json.dumps([facts[k] for k in sorted(facts.keys() & CONTENT.keys())]).encode())
+    for name, value in sorted(state.items()):
+        total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        total.update(value.contiguous().flatten().view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def read_export(path: Path) -> dict:
+    """Read what `write_export` wrote. Raises ValueError."""
+    with safe_open(path, "pt") as file:
+        facts, state = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    if facts.get("format") != "prism":
+        raise ValueError("its metadata names no student")
+    if facts.get("sha256") != digest(state, facts):
+        raise ValueError("its sha256 is another than the one it records")
+    return {"model": state, **{k: json.loads(v) for k, v in facts.items() if k in CONTENT}}
+
+
+def read_pickle(path: Path) -> object:
+    """Read what torch.save wrote, plain values and tensors only, if all its parts match their checksums."""
+    with open(path, "rb") as file:
+        if file.read(4) == b"PK\3\4":
+            parts = zipfile.ZipFile(file)
+            if sum(part.file_size for part in parts.infolist()) > path.stat().st_size:
+                raise ValueError("its parts claim more bytes than it has")
+            if bad := parts.testzip():  # torch would not look
+                raise ValueError(f"{bad} fails its checksum")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read_checkpoint(path: str | Path, grid: tuple[int, int] | None = None,
+                    otherwise: str = "train again or name another") -> dict:
+    """Read a checkpoint of ours, or an export of one: see CONTENT.
 
     A released file of PRISM or SAK comes back as model and config in our names; grid: see from_released.
-    Raises FileNotFoundError or ValueError with what to do.
+    Raises FileNotFoundError or ValueError with what to do; otherwise: that, if the file is damaged.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist; train one with `python train.py`, "
                                 "or name one that does")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_export(path) if path.suffix == ".safetensors" else read_pickle(path)
     except Exception as error:  # torch raises many kinds; pickle's own text is a page of advice
         why = "no file of plain weights" if isinstance(error, pickle.UnpicklingError) else one_line(error)
         raise ValueError(f"checkpoint {path} cannot be read ({why}); it is damaged or no checkpoint: "
-                         "train again or name another") from error
-    if isinstance(content, dict) and "config" not in content and released_levels(content.get("model"))[0]:
-        cfg, state = from_released(content["model"], path, grid)
-        return {"model": state, "config": asdict(cfg)}
-    if not isinstance(content, dict) or not {"model", "config"} <= content.keys():
+                         f"{otherwise}") from error
+    check_content(content, path, otherwise)
+    if "config" in content:
+        return content
+    cfg, state = from_released(content["model"], path, grid)
+    return {"model": state, "config": asdict(cfg)}
+
+
+def check_content(content: object, path: Path, otherwise: str) -> None:
+    """Raise ValueError where a file holds other things than CONTENT, or released weights."""
+    if not isinstance(content, dict) or "model" not in content or not (
+            "config" in content or released_levels(content["model"])[0]):
         raise ValueError(f"checkpoint {path} holds no model and config of ours; name a file that "
                          "train.py or prism.save wrote, or one that the authors of PRISM or SAK released")
-    return content
+    wrong = [f"{k} is a {type(content[k]).__name__}" for k, kind in CONTENT.items()
+             if k in content and not isinstance(content[k], kind)]
+    if not wrong:
+        state = content["model"]
+        wrong = [f"{str(k)[:80]} is no finite dense tensor" for k, value in state.items()
+                 if not (isinstance(k, str) and is_plain(value))]
+        if not wrong and sum(value.nbytes for value in state.values()) > path.stat().st_size:
+            wrong = ["its tensors claim more bytes than it has"]
+    if wrong:
+        raise ValueError(f"checkpoint {path} is none that train.py or prism.save wrote ({wrong[0]}): "
+                         f"{otherwise}")
+
+
+def is_plain(value: object) -> bool:
+    """Tell whether a value is a dense tensor of plain numbers, none of them nan or infinite."""
+    kinds = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64)
+    return (torch.is_tensor(value) and value.layout is torch.strided and not value.is_nested
+            and value.dtype in kinds and value.device.type == "cpu" and bool(torch.isfinite(value).all()))
 
 
 RELEASED_TEACHERS = ("dinov2", "clip", "sam")  # in the order of the released configs, ids and gates
@@ -1120,15 +1218,18 @@ def released_levels(state: object) -> tuple[str, str, list[int]]:
     return "", "", []
 
 
-def is_released(path: str | Path) -> bool:
-    """Tell whether a file holds weights as the released code of PRISM or SAK writes them."""
-    if Path(path).suffix != ".pth":
-        return False
+def is_student(path: str | Path) -> bool:
+    """Tell whether a file holds a student, ours or a released one, rather than a plain ViT."""
+    path = Path(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                return (file.metadata() or {}).get("format") == "prism"
+        content = path.suffix == ".pth" and torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # whoever reads it next says what is wrong with it
         return False
-    return isinstance(content, dict) and released_levels(content.get("model"))[0] != ""
+    released = isinstance(content, dict) and released_levels(content.get("model"))[0]
+    return bool(path.suffix == ".pt" or released)
 
 
 def from_released(state: dict[str, Tensor], path: str | Path,
@@ -1225,28 +1326,69 @@ def config_of_released(state: dict[str, Tensor], student: str, levels: tuple[int
 
 
 def config_from(stored: dict, path: str | Path) -> PrismConfig:
-    """Rebuild the config that a checkpoint stores as plain values; an unknown field is an error."""
-    known = {f.name for f in fields(PrismConfig)}
-    if unknown := sorted(stored.keys() - known):
+    """Rebuild the config that a checkpoint stores as plain values. Raises ValueError for any that is none."""
+    kinds = get_type_hints(PrismConfig)
+    if unknown := sorted(map(str, stored.keys() - kinds.keys())):
         raise ValueError(f"checkpoint {path} has unknown settings {', '.join(unknown)}; it was written by "
                          "another version: update the code or train again")
-    return PrismConfig(**stored)
+    if wrong := [k for k, value in stored.items() if not is_of(value, kinds[k])]:
+        raise ValueError(f"checkpoint {path} has the setting {wrong[0]} = {str(stored[wrong[0]])[:80]!r}, no "
+                         f"{kinds[wrong[0]]}; train again or name another")
+    return PrismConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
+
+
+def is_of(value: object, kind: type) -> bool:
+    """Tell whether a plain value is of an annotated type; a tuple may have become a list, as in JSON."""
+    parts = get_args(kind)
+    if get_origin(kind) is tuple and isinstance(value, tuple | list):
+        parts = parts[:1] * len(value) if parts[-1] is ... else parts
+        return len(value) == len(parts) and all(map(is_of, value, parts))
+    if get_origin(kind) is dict and isinstance(value, dict):
+        return all(is_of(k, parts[0]) and is_of(v, parts[1]) for k, v in value.items())
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is kind and (kind is not int or 0 <= value < 2**20)
 
 
 def load(path: str | Path, device: str = "cpu", grid: tuple[int, int] | None = None) -> Student:
-    """Load a student in eval mode: a checkpoint of ours, or a released one of PRISM or SAK.
+    """Load a student in eval mode: a checkpoint of ours, an export of one, or a released one of PRISM or SAK.
 
-    grid (h, w) in patches: resize the position table to it; a released one of just so many patches does
-    not say its rows and columns, and is taken to be of this grid. Raises FileNotFoundError or ValueError.
+    path: also a URL, which is fetched once. grid (h, w) in patches: resize the position table to it; a
+    released one of just so many patches does not say its rows and columns, and is taken to be of this
+    grid. Raises OSError or ValueError.
     """
-    content = read_checkpoint(path, grid)
-    cfg = config_from(content["config"], path)
-    model, state = build(cfg), content["model"]
-    load_strict(model, state, path)
+    file = local_copy(path)
+    content = read_checkpoint(file, grid, *["delete it to fetch it again"] * (str(file) != str(path)))
+    cfg = config_from(content["config"], file)
+    state = content["model"]
+    if cfg.depth > len(state):
+        raise ValueError(f"checkpoint {file} claims {cfg.depth} blocks, and has {len(state)} tensors; name "
+                         "another")
+    with torch.device("meta"):  # before a false config takes memory
+        check_fit(build(cfg).state_dict(), state, file)
+    model = build(cfg)
+    load_strict(model, state, file)
     if grid is not None and tuple(grid) != cfg.grid:
         model.pos_embed = nn.Parameter(resize_pos(model.pos_embed.data, cfg.grid, tuple(grid)))
         model.cfg = replace(cfg, grid=tuple(grid))
     return model.to(device).eval()
+
+
+def local_copy(path: str | Path) -> Path:
+    """Return a local file; of an http(s) URL a copy, fetched once into $PRISM_CACHE. Raises OSError."""
+    url = str(path)
+    if not url.startswith(("http://", "https://")):
+        return Path(path)
+    cache = Path(os.environ.get("PRISM_CACHE") or "~/.cache/prism").expanduser() / "students"
+    file = cache / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{url.partition('?')[0].split('/')[-1]}"
+    if not file.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(file), progress=sys.stderr.isatty())
+        except OSError as error:
+            raise OSError(f"cannot fetch {url} ({one_line(error)}); see that it exists and that the network "
+                          f"is up, or put the file at {file}") from error
+    return file
 
 
 def load_strict(model: nn.Module, state: dict[str, Tensor], path: str | Path, new: tuple[str, ...] = (),
@@ -1257,14 +1399,7 @@ def load_strict(model: nn.Module, state: dict[str, Tensor], path: str | Path, ne
     shape, before anything is loaded.
     """
     own = model.state_dict()
-    missing = [k for k in own if k not in state]
-    extra = [k for k in state if k not in own]
-    wrong = [k for k in missing if not k.startswith(new)] + [k for k in extra if not k.startswith(dropped)]
-    wrong += [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
-              for k in own if k in state and own[k].shape != state[k].shape]
-    if wrong:
-        raise ValueError(f"weights of {path} do not fit this student ({len(wrong)} keys differ, first "
-                         f"{wrong[0]}); use the size, teachers and tasks that it was trained with")
+    missing, extra = check_fit(own, state, path, new, dropped)
     model.load_state_dict({**own, **{k: v for k, v in state.items() if k in own}})
     parts = [f"loaded {len(own) - len(missing)}"]
     for word, keys in (("new", missing), ("dropped", extra)):
@@ -1272,6 +1407,22 @@ def load_strict(model: nn.Module, state: dict[str, Tensor], path: str | Path, ne
             groups = {re.sub(r"blocks\.\d+\.", "", k).split(".")[0] for k in keys}
             parts.append(f"{word} {len(keys)} ({', '.join(sorted(groups))})")
     return ", ".join(parts)
+
+
+def check_fit(own: dict[str, Tensor], state: dict[str, Tensor], path: str | Path, new: tuple[str, ...] = (),
+              dropped: tuple[str, ...] = ()) -> tuple[list[str], list[str]]:
+    """Return the keys that are new in `own`, and those dropped from `state`. Raises as `load_strict`."""
+    missing = [k for k in own if k not in state]
+    extra = [k for k in state if k not in own]
+    wrong = [k for k in missing if not k.startswith(new)] + [k for k in extra if not k.startswith(dropped)]
+    wrong += [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
+              for k in own if k in state and own[k].shape != state[k].shape]
+    wrong += [f"{k} {state[k].dtype}" for k in own
+              if k in state and own[k].is_floating_point() != state[k].is_floating_point()]
+    if wrong:
+        raise ValueError(f"weights of {path} do not fit this student ({len(wrong)} keys differ, first "
+                         f"{wrong[0]}); use the size, teachers and tasks that it was trained with")
+    return missing, extra
 
 
 def start_from_vit(model: Student, state: dict[str, Tensor], path: str | Path) -> str:
@@ -1306,8 +1457,18 @@ def start_from_vit(model: Student, state: dict[str, Tensor], path: str | Path) -
 
 
 def save(model: Student, path: str | Path) -> None:
-    """Write weights and config to `path`, for `load`."""
-    write_checkpoint(path, {"model": model.state_dict(), "config": asdict(model.cfg)})
+    """Write weights and config to `path`, for `load`: to one safetensors file if it is named so."""
+    write = write_export if Path(path).suffix == ".safetensors" else write_checkpoint
+    write(path, {"model": model.state_dict(), "config": asdict(model.cfg)})
+
+
+def export(path: Path) -> None:
+    """Write the student of a checkpoint to a safetensors file beside it, with its config and provenance."""
+    content, file = read_checkpoint(path), path.with_suffix(".safetensors")
+    if file == path:
+        raise ValueError(f"{path} is an export already; name a checkpoint of train.py")
+    write_export(file, content)
+    print(f"wrote {file}, {file.stat().st_size / 2**20:.1f} MiB; prism.load({str(file)!r}) reads it")
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -1328,7 +1489,11 @@ def one_line(error: BaseException) -> str:
 
 
 def exit_with_one_line(run, debug: bool) -> None:
-    """Call `run`; turn what a user can cause into one line on stderr and exit code 1."""
+    """Call `run`; turn what a user can cause into one line on stderr and exit code 1.
+
+    SIGTERM ends it as Ctrl-C does, so that worker processes end and temporary files go.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run()
     except KeyboardInterrupt:
@@ -1344,8 +1509,9 @@ def exit_with_one_line(run, debug: bool) -> None:
 
 @dataclass
 class Args:
-    """Print the sizes; with --bench, what the experts cost and how it grows."""
+    """Print the sizes; with --bench, what the experts cost and how it grows; with --export, write a file."""
 
+    export: Path | None = None  # write this checkpoint's student to one safetensors file beside it
     bench: bool = False  # time the experts beside their ideal, forward and backward
     device: str | None = None  # default: cuda if there is one, else cpu
     dtype: Literal["float32", "bfloat16"] | None = None  # autocast to it (default: bfloat16 on cuda)
@@ -1510,6 +1676,8 @@ def main(args: Args) -> None:
 
     if args.bench:
         return print_bench(args)
+    if args.export:
+        return export(args.export)
     table = Table("size", "width", "depth", "experts", "top-k", "parameters M", "active per token M")
     for name, cfg in SIZES.items():
         with torch.device("meta"):

@@ -27,6 +27,7 @@ import tempfile
 import threading
 import time
 import zlib
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
@@ -505,7 +506,7 @@ def test_sak_costs_what_was_measured(tasks, size, expected):
         with torch.device("meta"):
             model, images = prism.SAK(cfg).eval(), torch.rand(1, 3, *size)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model.predict(images)
+            model(images, tasks=tuple(tasks_))
         counts = counter.get_flop_counts()
         heads = sum(sum(counts.get(f"SAK.heads.{t}", {}).values()) for t in tasks_)
         backbone = counter.get_total_flops() - heads
@@ -641,7 +642,7 @@ def test_sak_starts_from_a_vit(tmp_path, monkeypatch):
 
 def test_sak_checkpoint_round_trip(tmp_path):
     """Catches a checkpoint that comes back as another student, and an older one, without `student` in its
-    config, that is refused by `load` or by --resume."""
+    config, that is refused by `load` or where it goes on."""
     model, path, images = sak_student(), tmp_path / "a.pt", torch.rand(1, 3, 32, 32)
     prism.save(model, path)
     again = prism.load(path)
@@ -653,10 +654,12 @@ def test_sak_checkpoint_round_trip(tmp_path):
     del content["config"]["student"]
     prism.write_checkpoint(path, content)
     assert type(prism.load(path)) is prism.Prism
-    content |= {"stage": "deconstruct", "provenance": {"schedule": {}}}
-    train.check_same_run(path, content, {"stage": "deconstruct", "config": asdict(student().cfg)})
-    with pytest.raises(ValueError, match="size, teachers or tasks differ"):
-        train.check_same_run(path, content, {"stage": "deconstruct", "config": asdict(model.cfg)})
+    content |= dict.fromkeys(prism.CONTENT.keys() - content.keys()) | {"stage": "a", "provenance": {}}
+    for cfg in (student().cfg, model.cfg):
+        ours = {"stage": "a", **{f"student's {k}": v for k, v in asdict(cfg).items()}}
+        refused = pytest.raises(ValueError, match="student's student prism there, sak here")
+        with nullcontext() if cfg.student == "prism" else refused:
+            train.check_same_run(path, content, ours)
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -1320,7 +1323,7 @@ def test_training_goes_on_from_released_weights(small_world, tmp_path, tiny, mon
         assert {"blocks.1.router.film_gate.weight", "blocks.4.experts.w2", "pos_embed"} <= changed
         assert stored["config"]["official"] and all(v.isfinite().all() for v in stored["model"].values())
     assert first["provenance"]["init"].startswith("released.pth ")
-    tiny_run(small_world, tmp_path / "both", resume=True, lr=1e-3, **settings)
+    tiny_run(small_world, tmp_path / "both", lr=1e-3, **settings)
     assert "holds all 2 steps" in capsys.readouterr().out
 
 
@@ -1374,17 +1377,17 @@ def test_resume_is_exact(small_world, tmp_path, tiny, monkeypatch):
     for stage, file in (("deconstruct", "deconstruct.pt"), ("recompose", "prism.pt")):
         write = prism.write_checkpoint
 
-        def write_and_stop(path, content, write=write, stage=stage):
-            write(path, content)
+        def write_and_stop(path, content, previous, write=write, stage=stage):
+            write(path, content, previous)
             if content["stage"] == stage and content["step"] == 5:
                 raise KeyboardInterrupt
 
         monkeypatch.setattr(prism, "write_checkpoint", write_and_stop)
         with pytest.raises(KeyboardInterrupt):
-            tiny_run(small_world, tmp_path / "parts", resume=True)
+            tiny_run(small_world, tmp_path / "parts")
         monkeypatch.setattr(prism, "write_checkpoint", write)
         assert prism.read_checkpoint(tmp_path / "parts" / file)["step"] == 5
-    parts = tiny_run(small_world, tmp_path / "parts", resume=True)
+    parts = tiny_run(small_world, tmp_path / "parts")
     assert whole["model"].keys() == parts["model"].keys()
     assert [k for k in whole["model"] if not torch.equal(whole["model"][k], parts["model"][k])] == []
     logs = [[json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()]
@@ -1408,8 +1411,8 @@ def test_every_student_trains_resumes_and_is_scored(changes, small_world, tmp_pa
     whole = tiny_run(small_world, tmp_path / "whole", **changes)
     write = prism.write_checkpoint
 
-    def write_and_stop(path, content):
-        write(path, content)
+    def write_and_stop(path, content, previous):
+        write(path, content, previous)
         if content["stage"] == "recompose" and content["step"] == 2:
             raise KeyboardInterrupt
 
@@ -1417,7 +1420,7 @@ def test_every_student_trains_resumes_and_is_scored(changes, small_world, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         tiny_run(small_world, tmp_path / "parts", **changes)
     monkeypatch.setattr(prism, "write_checkpoint", write)
-    parts = tiny_run(small_world, tmp_path / "parts", resume=True, **changes)
+    parts = tiny_run(small_world, tmp_path / "parts", **changes)
     assert [k for k, v in whole["model"].items() if not torch.equal(v, parts["model"][k])] == []
     assert all(whole["config"].get(key, value) == value for key, value in changes.items())
     row = json.loads((tmp_path / "whole" / "log.jsonl").read_text().splitlines()[-1])
@@ -1445,7 +1448,7 @@ def test_every_teacher_sees_every_image(small_world, tmp_path, tiny, monkeypatch
     for changes, expected in (({"student": "sak"}, [6, 6, 6]), ({"student": "dense"}, [2, 2, 2]),
                               ({"student": "sak", "every_teacher": False}, [2, 2, 2]),
                               ({"student": "dense", "every_teacher": True}, [6, 6, 6])):
-        tiny_run(small_world, tmp_path, stage="deconstruct", steps=1, **changes)
+        tiny_run(small_world, tmp_path, stage="deconstruct", steps=1, fresh=True, **changes)
         assert seen.pop() == expected, changes
     with pytest.raises(ValueError, match="chosen for one teacher per image; use sak, dense or wide"):
         tiny_run(small_world, tmp_path, every_teacher=True)
@@ -1466,25 +1469,37 @@ def test_without_distillation(small_world, tmp_path, tiny, monkeypatch):
     assert tiny_run(small_world, tmp_path / "b", **changes | {"student": "prism"})["config"]["tasks"]
 
 
-def test_resume_ignores_a_stage_that_began_elsewhere(small_world, tmp_path, tiny, capsys):
-    """Catches stage 2 of an older run taken for finished after stage 1 was trained anew."""
+def test_going_on_refuses_a_stage_that_began_elsewhere(small_world, tmp_path, tiny):
+    """Catches stage 2 of an older run taken for finished after stage 1 was trained anew, or found out about
+    only after a day of stage 1."""
     tiny_run(small_world, tmp_path, steps=5)
-    tiny_run(small_world, tmp_path, steps=5, stage="deconstruct", lr=2e-3)
-    weights = prism.read_checkpoint(tmp_path / "prism.pt")["model"]["pos_embed"]
-    again = tiny_run(small_world, tmp_path, steps=5, stage="recompose", resume=True)
-    assert "starting over" in capsys.readouterr().out
-    assert not torch.equal(weights, again["model"]["pos_embed"])
+    before = (tmp_path / "prism.pt").read_bytes()
+    tiny_run(small_world, tmp_path, steps=5, stage="deconstruct", lr=2e-3, fresh=True)
+    with pytest.raises(ValueError, match=r"initial weights deconstruct.pt \w+ there, deconstruct.pt \w+ here;"
+                       " .*choose another --out-dir, or start over with --fresh"):
+        tiny_run(small_world, tmp_path, steps=5, stage="recompose")
+    (tmp_path / "deconstruct.pt").unlink()
+    with pytest.raises(ValueError, match="prism.pt began with a .*deconstruct.pt that is gone"):
+        tiny_run(small_world, tmp_path, steps=5)
+    assert (tmp_path / "prism.pt").read_bytes() == before
 
 
-def test_resume_refuses_another_run(small_world, tmp_path, tiny):
-    """Catches a resume that silently mixes two runs."""
+def test_going_on_refuses_another_run(small_world, tmp_path, tiny):
+    """Catches a run that silently mixes two, or that loses the older one where --fresh is asked for."""
     tiny_run(small_world, tmp_path, stage="deconstruct", steps=5)
-    before = (tmp_path / "deconstruct.pt").read_bytes()
-    with pytest.raises(ValueError, match="cannot resume .*seed 0 there, 1 here"):
-        tiny_run(small_world, tmp_path, stage="deconstruct", steps=5, seed=1, resume=True)
-    with pytest.raises(ValueError, match="size, teachers or tasks differ"):
-        tiny_run(small_world, tmp_path, stage="deconstruct", steps=5, teachers=("toy-sam",), resume=True)
+    before, log = (tmp_path / "deconstruct.pt").read_bytes(), (tmp_path / "log.jsonl").read_text()
+    other = {"stage": "deconstruct", "steps": 5, "seed": 1}
+    with pytest.raises(ValueError, match="cannot go on from .*seed 0 there, 1 here; .*with --fresh"):
+        tiny_run(small_world, tmp_path, **other)
+    with pytest.raises(ValueError, match="student's teachers .*'toy-clip': 8.* there, {'toy-sam': 8} here"):
+        tiny_run(small_world, tmp_path, stage="deconstruct", steps=5, teachers=("toy-sam",))
     assert (tmp_path / "deconstruct.pt").read_bytes() == before
+    assert tiny_run(small_world, tmp_path, fresh=True, **other)["seed"] == 1
+    assert (tmp_path / "deconstruct.old.pt").read_bytes() == before
+    assert (tmp_path / "log.old.jsonl").read_text() == log != (tmp_path / "log.jsonl").read_text()
+    prism.save(student(), tmp_path / "prism.pt")
+    with pytest.raises(ValueError, match="for use alone, without optimizer; name it by --init"):
+        tiny_run(small_world, tmp_path, **other | {"stage": "recompose"})
 
 
 def run_rank(rank, world_size, small_world, out, port, changes):
@@ -1505,8 +1520,8 @@ def run_two(small_world, out, changes):
     torch.multiprocessing.spawn(run_rank, (2, small_world, out, port, changes), nprocs=2)
 
 
-@pytest.mark.parametrize("changes", [{}, {"shard": True, "recompute": True}, {"shard": True, "resume": True},
-                                     {"shard": True, "accumulate": 3}])
+@pytest.mark.parametrize("changes", [{}, {"shard": True, "recompute": True}, {"shard": True, "accumulate": 3},
+                                     {"shard": True, "resume": "previous"}])
 def test_two_processes_equal_one(changes, small_world, tmp_path, tiny, monkeypatch):
     """Catches means over a process's own share: losses, batch norm, balance or gradients that depend on
     how the batch is split; sharded weights that are saved, clipped or resumed in parts; a checkpoint that
@@ -1516,8 +1531,8 @@ def test_two_processes_equal_one(changes, small_world, tmp_path, tiny, monkeypat
     common = {"steps": 4, "save_every": 2, "log_every": 2}
     write, resume = prism.write_checkpoint, "resume" in changes
 
-    def write_twice(path, content):
-        write(path, content)
+    def write_twice(path, content, previous):
+        write(path, content, previous)
         if resume and (content["stage"], content["step"]) in (("deconstruct", 4), ("recompose", 2)):
             (tmp_path / "two").mkdir(exist_ok=True)
             shutil.copy(path, tmp_path / "two")
@@ -1580,13 +1595,14 @@ def test_training_bench(small_world, tmp_path, capsys):
 
 def test_nan_stops_the_run(small_world, tmp_path, tiny, monkeypatch):
     """Catches a run that trains on with NaN, or saves it: the line names step and term."""
-    tiny_run(small_world, tmp_path, stage="deconstruct", steps=5)
-    before = (tmp_path / "deconstruct.pt").read_bytes()
-    factors, decorr = iter([1, 1, math.nan, 1, 1]), train.decorr_term
+    settings = {"stage": "deconstruct", "steps": 5, "save_every": 2}
+    factors, decorr = iter([1, 1, math.nan, 1]), train.decorr_term
     monkeypatch.setattr(train, "decorr_term", lambda levels: decorr(levels) * next(factors))
     with pytest.raises(FloatingPointError, match="decorr is nan at step 2 of deconstruct"):
-        tiny_run(small_world, tmp_path, stage="deconstruct", steps=5)
-    assert (tmp_path / "deconstruct.pt").read_bytes() == before
+        tiny_run(small_world, tmp_path, **settings)
+    assert prism.read_checkpoint(tmp_path / "deconstruct.pt")["step"] == 2
+    monkeypatch.setattr(train, "decorr_term", decorr)
+    assert tiny_run(small_world, tmp_path, **settings)["step"] == 5
 
 
 def test_several_passes_make_one_step(small_world, tmp_path, tiny, monkeypatch):
@@ -1674,7 +1690,7 @@ def test_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="cannot write checkpoint .*No space left.*nothing was overwritten"):
+    with pytest.raises(OSError, match="cannot write .*No space left.*nothing was overwritten"):
         prism.save(student(), path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
 
@@ -2393,8 +2409,8 @@ def test_any_mix_of_teachers_trains_and_is_recorded(small_world, tmp_path, toy_c
         assert said[name]["source"] == folder, "eval.py --analysis finds it there"
     assert said["sam"]["approximation"] == "longest side 12 px instead of 20" and said["sam"]["size"] == 12
     assert said["laion"]["mean"] == [0.48145466, 0.4578275, 0.40821073]
-    with pytest.raises(ValueError, match="cannot resume.*teachers"):
-        tiny_run(small_world, tmp_path / "out", steps=2, resume=True, **settings | {"sam_size": 16})
+    with pytest.raises(ValueError, match="cannot go on from.*teachers"):
+        tiny_run(small_world, tmp_path / "out", steps=2, **settings | {"sam_size": 16})
     with pytest.raises(ValueError, match="no teacher of toy-sam is a SAM"):
         tiny_run(small_world, tmp_path / "out", **settings | {"teachers": ("toy-sam",)})
     with pytest.raises(ValueError, match="name each once"):
@@ -5047,8 +5063,8 @@ def test_contest_runs_restarts_and_names_what_failed(folder, tmp_path, capsys, m
     with pytest.raises(OSError, match="eval.py of only-sal-1 failed: ValueError: no luck"):
         scoring.main(args)
     scripts = [flags for script, flags, _ in asked if script == "train.py"]
-    assert ["--steps", "7", "--expert-ratio", "1", "--seed", "1", "--out-dir", str(tmp_path / "lite-1"),
-            "--resume"] in scripts and {threads for *_, threads in asked} == {"1"}
+    assert ["--steps", "7", "--expert-ratio", "1", "--seed", "1", "--out-dir", str(tmp_path / "lite-1")
+            ] in scripts and {threads for *_, threads in asked} == {"1"}
     done = len(list(tmp_path.glob("*/results.json")))
     asked.clear()
     fake_result_of_sal = fake_result({task: 5.0 for task in TASKS}, 0, True)

@@ -7,18 +7,23 @@
 
 One loop serves every stage: a stage is a set of defaults (STAGES) and the loss terms that its batches
 feed. `--batch-size` counts the images of one step over all processes, so a run means the same on 1 or 8.
-Order, augmentation, teacher assignment and router noise depend on (seed, step) alone, so --resume needs
-no random state. out/log.jsonl has every loss term by name.
+Order, augmentation, teacher assignment and router noise depend on (seed, step) alone, so that going on needs
+no random state. The same command again goes on from the last checkpoint; --fresh starts over. Ctrl-C and
+SIGTERM end a run after the step at hand, saved. out/log.jsonl has every loss term by name.
 """
 
+import fcntl
 import hashlib
 import json
 import math
 import os
 import re
 import resource
+import shutil
+import signal
 import statistics
 import subprocess
+import sys
 import time
 import warnings
 
@@ -29,7 +34,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -85,7 +90,8 @@ class Args:
 
     out_dir: Path = Path("out")  # checkpoints and log.jsonl
     init: str | None = None  # checkpoint or timm ViT: augreg-s, FILE, ... (recompose: OUT_DIR/deconstruct.pt)
-    resume: bool = False  # go on from the last checkpoint in OUT_DIR
+    resume: Literal["last", "previous"] = "last"  # where OUT_DIR's checkpoint is damaged: the one before it
+    fresh: bool = False  # start over; OUT_DIR's checkpoints and log are kept as NAME.old
     seed: int = 0  # of weights, order, augmentation, noise
     device: str | None = None  # default: cuda if there is one, else cpu
     compile: bool | None = None  # torch.compile student and teachers (default: on cuda)
@@ -159,9 +165,51 @@ def start_runtime(device: str | None) -> Runtime:
         chosen = torch.device("cuda", local)
     gpu = chosen.type == "cuda"
     if world_size > 1 and not dist.is_initialized():  # hours: the first rank may be raising teachers
-        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(hours=3))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(hours=3))
     torch.set_float32_matmul_precision("high")
     return Runtime(rank, world_size, chosen, torch.bfloat16 if gpu else None)
+
+
+@contextmanager
+def explain_lost_process():
+    """Turn what torch raises when another process is gone into one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if world_size() == 1 or not re.search("peer|connection|gloo|NCCL", str(error), re.IGNORECASE):
+            raise
+        raise ConnectionError(f"process {dist.get_rank()} ends because another one did; its message says "
+                              "why; the same command goes on from the last checkpoint "
+                              f"({prism.one_line(error)})") from error
+
+
+class Stop:
+    """Notes SIGTERM and Ctrl-C while it is entered, so that a run ends between two steps; the same signal
+    once more ends it at once."""
+
+    def __init__(self):
+        self.received, self.pid = 0, os.getpid()
+
+    def __enter__(self):
+        self.before = {kind: signal.signal(kind, self.note) for kind in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_):
+        for kind, handler in self.before.items():
+            signal.signal(kind, handler)
+
+    def note(self, kind: int, _):
+        signal.signal(kind, self.before[kind])
+        self.received = kind
+        if os.getpid() == self.pid:  # no forked loader worker; not print, which may be at work
+            os.write(2, f"{signal.Signals(kind).name}: ending after this step\n".encode())
+
+    def agreed(self) -> int:
+        """Return the signal that any process got, at the same step on all of them."""
+        received = torch.tensor(self.received)  # on the host: no GPU is waited for
+        if world_size() > 1:
+            dist.all_reduce(received, dist.ReduceOp.MAX)
+        return int(received)
 
 
 def first_rank_first(rt: Runtime, make):
@@ -491,11 +539,19 @@ class Log:
             self.keep_lines_before(start)
 
     def keep_lines_before(self, start: int) -> None:
-        """Drop what this stage logged after the checkpoint it goes on from; start 0 drops all of it."""
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines
-                if (row := json.loads(line))["stage"] != self.stage or row["step"] <= start]
-        self.path.write_text("".join(line + "\n" for line in kept))
+        """Drop what this stage logged after the checkpoint it goes on from (start 0 drops all of it), and a
+        line that was cut short."""
+        before = self.path.read_text() if self.path.exists() else ""
+        kept = ""
+        for line in before.splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if row["stage"] != self.stage or row["step"] <= start:
+                kept += line + "\n"
+        if kept != before:
+            prism.write_file(self.path, lambda file: file.write_text(kept))
 
     def add(self, values: dict[str, Tensor]) -> None:
         self.names = list(values)
@@ -517,8 +573,12 @@ class Log:
                "seconds_left": (self.steps - step) * seconds / count}
         self.rows, self.first, self.clock = [], step, time.perf_counter()
         if self.rt.rank == 0:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(row) + "\n")
+            try:
+                with open(self.path, "a") as file:  # by name each time: whoever rotates logs may take it away
+                    file.write(json.dumps(row) + "\n")
+            except OSError as error:
+                raise OSError(f"cannot write {self.path}: {error.strerror}; free space:  the same command "
+                              "goes on from the last checkpoint") from error
             print(self.line(row), flush=True)
 
     def line(self, row: dict) -> str:
@@ -587,19 +647,22 @@ def prepare(args: Args, rt: Runtime, name: str, taught: teachers.Teachers) -> Ru
         "data": dataset.source, "teachers": taught.provenance, "init": origin, "code": git_revision(),
         "torch": str(torch.__version__), "schedule": schedule_of(args, stage, taught),
     }
-    stored, start = prism.read_checkpoint(path) if args.resume and path.exists() else None, 0
-    if stored and stored["provenance"]["init"] != origin:
-        report, stored = f"{path} began with other weights than {origin}: starting over", None
+    stored = None if args.bench else first_rank_first(rt, lambda: read_last(args, path))
+    start = 0
     if stored:
         check_same_run(path, stored, {
-            "stage": name, "seed": args.seed, "steps": stage.steps, "config": asdict(student.cfg),
-            **provenance["schedule"]})
+            "stage": name, "seed": args.seed, "steps": stage.steps, "initial weights": origin,
+            **{f"student's {k}": v for k, v in asdict(student.cfg).items()}, **provenance["schedule"]})
         prism.load_strict(student, stored["model"], path)
         start, report = stored["step"], f"resumed {path} at step {stored['step']}"
+    later = args.out_dir / ON_PASCAL.checkpoint
+    if args.stage == "all" and name == "deconstruct" and start < stage.steps and later.exists():
+        raise ValueError(f"{later} began with a {path} that is gone; start both stages over with --fresh, or "
+                         "choose another --out-dir")
     place(args, rt, student)
     optimizer = build_optimizer(student, stage, pretrained=origin != "random weights")
     if stored:
-        load_optimizer(optimizer, stored["optimizer"])
+        load_optimizer(optimizer, stored["optimizer"], path)
     run = Run(name, stage, student, optimizer, dataset, start, provenance)
     if rt.rank == 0:
         print_derived(args, rt, run, report)
@@ -623,7 +686,7 @@ def read_init(args: Args, name: str) -> tuple[str | None, dict | None]:
     source = args.init if args.stage != "all" or name == "deconstruct" else None
     if source is None and name == "recompose" and args.distill:
         source = str(args.out_dir / ON_IMAGES.checkpoint)
-    ours = source is not None and (source.endswith(".pt") or prism.is_released(source))
+    ours = source is not None and (source.endswith(".pt") or prism.is_student(source))
     if not ours:
         return source, None
     return source, prism.read_checkpoint(source)
@@ -664,22 +727,74 @@ def check_same_kind(path: Path, cfg: prism.PrismConfig, ours: prism.PrismConfig)
                          "--teachers, in its order (dinov2=SOURCE gives a teacher the name dinov2)")
 
 
+def read_last(args: Args, path: Path) -> dict | None:
+    """Read the checkpoint that a stage goes on from; None: there is none. Raises ValueError or OSError.
+
+    Where it is damaged or gone and --resume previous asks for it, the one before takes its place.
+    """
+    previous = previous_of(path)
+    way = f"--resume previous goes on from {previous}, " * previous.exists() + "--fresh starts over"
+    try:
+        return prism.read_checkpoint(path, otherwise=way)
+    except FileNotFoundError:
+        if not previous.exists():
+            return None
+        why = f"{path} is gone, but not the one before it: {way}"
+        if args.resume == "last":
+            raise FileNotFoundError(why) from None
+    except ValueError as error:
+        why = prism.one_line(error)
+        if args.resume == "last" or not previous.exists():
+            raise
+        os.replace(path, path.with_suffix(".damaged.pt"))
+    print(why, flush=True)
+    os.replace(previous, path)
+    return prism.read_checkpoint(path, otherwise="--fresh starts over")
+
+
+def previous_of(path: Path) -> Path:
+    return path.with_suffix(".previous.pt")
+
+
+def set_aside(args: Args) -> None:
+    """Give checkpoints of the stages that start over, and the log, names that no run reads."""
+    for stage in stage_names(args.stage):
+        path = args.out_dir / choose_recipe(args, stage).checkpoint
+        for file in filter(Path.exists, (path, previous_of(path))):
+            os.replace(file, file.with_suffix(".old.pt"))
+    if (log := args.out_dir / "log.jsonl").exists():
+        shutil.copyfile(log, log.with_suffix(".old.jsonl"))
+
+
 def check_same_run(path: Path, stored: dict, ours: dict) -> None:
     """Raise ValueError where a checkpoint is of another run than the one that is to go on from it."""
-    theirs = {**{k: stored.get(k) for k in ours}, **stored["provenance"]["schedule"]}
-    theirs["config"] = asdict(prism.config_from(stored["config"], path))  # older ones lack newer fields
-    if differ := [k for k in ours if ours[k] != theirs[k]]:
-        detail = ["size, teachers or tasks differ" if k == "config" else
-                  f"{k} {theirs[k]} there, {ours[k]} here" for k in differ]
-        raise ValueError(f"cannot resume {path}: {'; '.join(detail)}; repeat the command that wrote it, or "
-                         "leave out --resume to start over")
+    otherwise = "choose another --out-dir, or start over with --fresh"
+    if missing := sorted(prism.CONTENT.keys() - stored.keys()):
+        raise ValueError(f"cannot go on from {path}: it is for use alone, without {missing[0]}; name it by "
+                         f"--init, and {otherwise}")
+    config = asdict(prism.config_from(stored["config"], path))  # older ones lack newer fields
+    origin, schedule = (stored["provenance"].get(k) for k in ("init", "schedule"))
+    theirs = {**stored, "initial weights": origin, **{f"student's {k}": v for k, v in config.items()},
+              **(schedule or {})}
+    if differ := [k for k in ours if ours[k] != theirs.get(k)]:
+        detail = [f"{k} {theirs.get(k)} there, {ours[k]} here" for k in differ]
+        raise ValueError(f"cannot go on from {path}: {'; '.join(detail)}; repeat the command that wrote it, "
+                         f"{otherwise}")
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load AdamW's moments; a sharded parameter takes its own part of them."""
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: Path) -> None:
+    """Load AdamW's moments; a sharded parameter takes its own part of them. Raises ValueError."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, moments in state["state"].items():
-        if hasattr(p := params[i], "placements"):
+    try:
+        fits = [{t.shape for t in state["state"][i].values()} <= {p.shape, torch.Size()}
+                for i, p in enumerate(params)]
+        groups = [len(group["params"]) for group in state["param_groups"]]
+    except (KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"the optimizer's state in {path} is incomplete; start over with --fresh") from error
+    if not all(fits) or groups != [len(group["params"]) for group in optimizer.param_groups]:
+        raise ValueError(f"the optimizer's state in {path} is of another student; start over with --fresh")
+    for p, moments in zip(params, state["state"].values(), strict=True):
+        if hasattr(p, "placements"):
             from torch.distributed.tensor import distribute_tensor
 
             moments.update({k: distribute_tensor(t, p.device_mesh, p.placements)
@@ -693,14 +808,15 @@ def whole(state):
 
 
 def save_checkpoint(args: Args, rt: Runtime, run: Run, step: int) -> None:
-    """Write all that resuming and eval.py need, atomically, on the first rank."""
+    """Write all that going on and eval.py need, atomically, on the first rank; keep the one before."""
     content = {
         "model": whole(run.student.state_dict()), "config": asdict(run.student.cfg),
         "optimizer": whole(run.optimizer.state_dict()), "stage": run.name, "step": step,
         "steps": run.stage.steps, "seed": args.seed, "provenance": run.provenance,
     }
     if rt.rank == 0:
-        prism.write_checkpoint(args.out_dir / run.stage.checkpoint, content)
+        path = args.out_dir / run.stage.checkpoint
+        prism.write_checkpoint(path, content, previous_of(path))
 
 
 def git_revision() -> str:
@@ -845,22 +961,32 @@ def open_batches(args: Args, rt: Runtime, run: Run) -> Iterator[dict]:
                         args.seed, rt.rank, rt.world_size, workers)
 
 
-def fit(args: Args, rt: Runtime, run: Run, taught: teachers.Teachers) -> None:
-    """Train one stage from its start to its end: the one loop of every stage."""
+def fit(args: Args, rt: Runtime, run: Run, taught: teachers.Teachers) -> int:
+    """Train one stage from its start to its end: the one loop of every stage.
+
+    Returns the signal that ended it before, 0 for none.
+    """
     stage, start = run.stage, run.start
     model = distribute(args, rt, run.student)
     log = Log(args.out_dir / "log.jsonl", rt, run.name, stage.steps, start, args.log_every)
     batches = data.track(open_batches(args, rt, run), run.name, stage.steps, start, lines=False,
                          quiet=rt.rank > 0)
-    for step, batch in enumerate(batches, start):
-        log.add(update(args, rt, run, model, taught, batch, step))
-        done = step + 1
-        saves = done % (args.save_every or max(100, stage.steps // 100)) == 0 or done == stage.steps
-        if saves or done % args.log_every == 0:
-            # raises before bad weights are saved
-            log.flush(done, stage.batch_size, lr_at(step, stage), run.dataset.unreadable.total())
-        if saves:
-            save_checkpoint(args, rt, run, done)
+    with Stop() as stop:
+        for step, batch in enumerate(batches, start):
+            log.add(update(args, rt, run, model, taught, batch, step))
+            done, stopped = step + 1, stop.agreed()
+            saves = done % (args.save_every or max(100, stage.steps // 100)) == 0 or done == stage.steps
+            if saves or stopped or done % args.log_every == 0:
+                # raises before bad weights are saved
+                log.flush(done, stage.batch_size, lr_at(step, stage), run.dataset.unreadable.total())
+            if saves or stopped:
+                save_checkpoint(args, rt, run, done)
+            if stopped:
+                if rt.rank == 0:
+                    print(f"{signal.Signals(stopped).name}: {args.out_dir / stage.checkpoint} holds step "
+                          f"{done} of {stage.steps}; the same command goes on", flush=True)
+                return stopped
+    return 0
 
 
 def bench(args: Args, rt: Runtime, run: Run, taught: teachers.Teachers) -> None:
@@ -935,29 +1061,55 @@ def compiles(args: Args, rt: Runtime) -> bool:
     return rt.device.type == "cuda" if args.compile is None else args.compile
 
 
+@contextmanager
+def hold(folder: Path, rt: Runtime):
+    """Keep other runs out of a folder while this one writes to it; clear what killed ones left."""
+    with open(folder / ".lock", "w") as file:
+        if rt.rank == 0:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # gone with this process, however it ends
+            except (BlockingIOError, PermissionError) as error:
+                raise OSError(f"another run trains into {folder}; wait for it, or choose another "
+                              "--out-dir") from error
+            for part in folder.glob(".*.part"):
+                part.unlink()
+        yield
+
+
 def train(args: Args) -> None:
     """Check, raise or load the teachers, run the stages one after the other."""
     check_args(args)
     rt = start_runtime(args.device)
+    with explain_lost_process(), nullcontext() if args.bench else hold(args.out_dir, rt):
+        stopped = train_stages(args, rt)
+    if rt.world_size > 1:
+        dist.destroy_process_group()
+    if stopped:
+        sys.exit(128 + stopped)
+
+
+def train_stages(args: Args, rt: Runtime) -> int:
+    """Train all that is asked for; returns the signal that ended it before, 0 for none."""
     taught = Given() if not args.distill else first_rank_first(
         rt, lambda: teachers.Teachers(args.teachers, rt.device, compiles(args, rt), args.sam_size))
     for who, provenance in taught.provenance.items() if rt.rank == 0 else ():
         print(f"teacher {who}: {teachers.describe(provenance)}")
+    if args.fresh and rt.rank == 0 and not args.bench:
+        set_aside(args)
     for name in stage_names(args.stage):
         run = prepare(args, rt, name, taught)
         if args.bench:
             bench(args, rt, run, taught)
-            break
-        if run.start < run.stage.steps:
-            fit(args, rt, run, taught)
+            return 0
+        if run.start < run.stage.steps and (stopped := fit(args, rt, run, taught)):
+            return stopped
         if rt.rank == 0:
             print(f"{args.out_dir / run.stage.checkpoint} holds all {run.stage.steps} steps")
         if rt.world_size > 1:
             dist.barrier()  # the next stage reads the file on every rank
     if rt.rank == 0 and name == "recompose":
         print(f"next: python eval.py --ckpt {args.out_dir / run.stage.checkpoint}")
-    if rt.world_size > 1:
-        dist.destroy_process_group()
+    return 0
 
 
 def main() -> None:
