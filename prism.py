@@ -1047,8 +1047,9 @@ def write_file(path: str | Path, write: Callable[[Path], None], previous: Path |
             except OSError:  # a file system without links
                 shutil.copyfile(path, previous)
         os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own
-        raise OSError(f"cannot write {path}: {one_line(error)}; free space or choose another folder "
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's own follows the one that says why
+        first = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise OSError(f"cannot write {path}: {one_line(first)}; free space or choose another folder "
                       "(nothing was overwritten)") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -1056,7 +1057,11 @@ def write_file(path: str | Path, write: Callable[[Path], None], previous: Path |
 
 def write_checkpoint(path: str | Path, content: dict, previous: Path | None = None) -> None:
     """Write CONTENT, or a part of it, for `read_checkpoint`; see write_file."""
-    write_file(path, lambda file: torch.save(content, file), previous)
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:  # a file of Python's: its errors say why
+            torch.save(content, file)
+
+    write_file(path, write, previous)
 
 
 def write_export(path: str | Path, content: dict) -> None:
@@ -1358,7 +1363,12 @@ def load(path: str | Path, device: str = "cpu", grid: tuple[int, int] | None = N
     grid. Raises OSError or ValueError.
     """
     file = local_copy(path)
-    content = read_checkpoint(file, grid, *["delete it to fetch it again"] * (str(file) != str(path)))
+    try:
+        content = read_checkpoint(file, grid)
+    except ValueError:
+        if str(file) != str(path):
+            file.unlink()  # so that it is fetched again
+        raise
     cfg = config_from(content["config"], file)
     state = content["model"]
     if cfg.depth > len(state):

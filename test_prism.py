@@ -9,6 +9,7 @@ import colorsys
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -16,6 +17,7 @@ import os
 import pickle
 import random
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -26,7 +28,10 @@ import tarfile
 import tempfile
 import threading
 import time
+import traceback
+import zipfile
 import zlib
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -1502,10 +1507,18 @@ def test_going_on_refuses_another_run(small_world, tmp_path, tiny):
         tiny_run(small_world, tmp_path, **other | {"stage": "recompose"})
 
 
-def run_rank(rank, world_size, small_world, out, port, changes):
+def places(processes: int) -> list[dict[str, str]]:
+    """List what torchrun would tell each of several processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]),
+                  "WORLD_SIZE": str(processes)}
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **common} for rank in range(processes)]
+
+
+def run_rank(rank, small_world, out, where, changes):
     """Be one of several training processes."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(where[rank])
     torch.set_num_threads(1)
     train.teachers.Teachers = FakeTeachers
     prism.SIZES["toy"] = replace(TINY, teachers={}, tasks={}, router_noise=0.0, expert_drop=0.0)
@@ -1514,10 +1527,7 @@ def run_rank(rank, world_size, small_world, out, port, changes):
 
 def run_two(small_world, out, changes):
     """Train in two processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(run_rank, (2, small_world, out, port, changes), nprocs=2)
+    torch.multiprocessing.spawn(run_rank, (small_world, out, places(2), changes), nprocs=2)
 
 
 @pytest.mark.parametrize("changes", [{}, {"shard": True, "recompute": True}, {"shard": True, "accumulate": 3},
@@ -1650,6 +1660,371 @@ def test_training_lowers_every_loss(small_world, tmp_path, tiny):
         assert [k for k in terms if last[k] >= first[k]] == []
 
 
+# ------------------------------------------------------------------------------------------------ faults
+# What ends a run ends a real process here. It is a fork of a fresh interpreter that has imported
+# everything and computed nothing, since a fork of one that has computed may hang.
+
+
+def in_fresh_process(job, *arguments, before=()) -> str:
+    """Run a function of this file in a new interpreter; returns what it printed. Paths become strings."""
+    values = ", ".join(repr(str(a) if isinstance(a, Path) else a) for a in arguments)
+    code = f"import torch._dynamo, test_prism; test_prism.{job.__name__}({values})"
+    done = subprocess.run([*before, sys.executable, "-c", code], cwd=Path(__file__).parent, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def start_run(small_world, out, sabotage=lambda: None, env=None, **changes) -> int:
+    """Train in a fork as train.py's main does, its words in OUT.txt; returns the fork's id."""
+    if fork := os.fork():
+        return fork
+    code = 99
+    try:
+        os.environ.update(env or {})
+        words = os.open(f"{out}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(words, 1), os.dup2(words, 2)
+        train.teachers.Teachers = FakeTeachers
+        prism.SIZES["toy"] = replace(TINY, teachers={}, tasks={}, router_noise=0.5)
+        sabotage()
+        prism.exit_with_one_line(lambda: tiny_run(small_world, Path(out), **changes), debug=False)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else print(end.code, file=sys.stderr) or 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+
+
+def end_of(fork: int) -> int:
+    """Wait for a run; returns its exit code, or minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1])
+
+
+def log_rows(out) -> list[tuple]:
+    """List stage, step and loss of every line of a run's log."""
+    file = Path(out) / "log.jsonl"
+    rows = map(json.loads, file.read_text().splitlines() if file.exists() else ())
+    return [(row["stage"], row["step"], row["loss"]) for row in rows]
+
+
+def wait_for(what, seconds: float = 60) -> None:
+    """Wait until what() is true."""
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.005)
+
+
+def same_weights(one, two) -> bool:
+    one, two = (prism.read_checkpoint(Path(out) / "prism.pt")["model"] for out in (one, two))
+    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def kill_at_call(owner, name: str, count: int, half: bool = False) -> None:
+    """Let the count-th call of a function end this process by kill -9; half: with half a file written."""
+    call, calls = getattr(owner, name), itertools.count(1)
+
+    def wrapped(*args, **options):
+        if next(calls) == count:
+            if half:
+                call(*args, **options)
+                args[1].truncate(args[1].tell() // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*args, **options)
+
+    setattr(owner, name, wrapped)
+
+
+def kill_often(small_world: str, folder: str) -> None:
+    """Kill runs 20 times at random, 8 times inside saving, and go on each time."""
+    settings = {"steps": 6, "save_every": 1, "log_every": 1}
+    rng, whole, start = random.Random(0), f"{folder}/whole", time.monotonic()
+    assert end_of(start_run(small_world, whole, **settings)) == 0
+    span, killed, rounds = time.monotonic() - start, Counter(), 0
+    inside = [(torch, "save", True), (os, "fsync", False), (os, "link", False), (os, "replace", False)] * 2
+    while killed["random"] < 20 or inside:
+        rounds += 1
+        out, code = f"{folder}/{rounds}", None
+        while code != 0:
+            kind, sabotage = "random", lambda: None
+            if inside and rng.random() < 0.4:
+                kind, (owner, name, half) = "inside saving", inside.pop()
+                sabotage = functools.partial(kill_at_call, owner, name, rng.randrange(1, 4), half)
+            fork = start_run(small_world, out, sabotage, **settings)
+            if kind == "random":
+                time.sleep(rng.uniform(0, span))
+                os.kill(fork, signal.SIGKILL)
+            code = end_of(fork)
+            assert code in (0, -signal.SIGKILL), Path(f"{out}.txt").read_text()
+            killed[kind] += code != 0
+            for file in Path(out).glob("*.pt"):
+                prism.read_checkpoint(file)  # whole, whenever it died
+        assert same_weights(out, whole) and log_rows(out) == log_rows(whole)
+        assert not list(Path(out).glob(".*.part"))
+    print(f"{killed.total()} kills ({dict(killed)}) over {rounds} runs; every checkpoint whole at each")
+
+
+def test_killed_at_any_moment(small_world, tmp_path):
+    """Catches a checkpoint or log that kill -9 leaves half-written, more lost than the steps since the last
+    checkpoint, a log line twice or missing, files left behind."""
+    print(in_fresh_process(kill_often, small_world, tmp_path))
+
+
+def stop_softly(small_world: str, folder: str) -> None:
+    """SIGTERM and Ctrl-C, to one process and to one of two."""
+    settings = {"steps": 30, "save_every": 100, "log_every": 7}
+    for processes in (1, 2):
+        out, rows = f"{folder}/{processes}", 0
+        for kind, text in ((signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT"), (0, "")):
+            forks = [start_run(small_world, out, env=env, **settings) for env in places(processes)]
+            if kind:
+                wait_for(lambda out=out, rows=rows: len(log_rows(out)) > rows)  # beyond the run before
+                os.kill(forks[-1], kind)  # the others hear of it
+            codes = {end_of(fork) for fork in forks}
+            assert codes == {128 + kind if kind else 0}, Path(f"{out}.txt").read_text()
+            if kind:
+                stage, step, _ = log_rows(out)[-1]
+                stored = prism.read_checkpoint(Path(out) / f"{'prism' if stage == 'recompose' else stage}.pt")
+                assert stored["step"] == step and step % 7, step
+                rows = len(log_rows(out))
+                words = Path(f"{out}.txt").read_text()
+                assert f"{text}: ending after this step" in words
+                assert f"holds step {step} of 30; the same command goes on" in words
+        steps = [row[:2] for row in log_rows(out)]
+        assert sorted(set(steps)) == steps and steps[-1] == ("recompose", 30)
+        assert prism.read_checkpoint(Path(out) / "prism.pt")["step"] == 30
+    whole = f"{folder}/whole"
+    assert end_of(start_run(small_world, whole, **settings)) == 0
+    assert same_weights(whole, f"{folder}/1")
+
+
+def test_signals_end_a_run_saved(small_world, tmp_path):
+    """Catches Ctrl-C or SIGTERM that loses steps, leaves other processes waiting, or says nothing."""
+    in_fresh_process(stop_softly, small_world, tmp_path)
+
+
+def lose_one_of_two(small_world: str, folder: str) -> None:
+    """One of two processes is killed, raises, or computes nan."""
+    def raises():
+        if os.environ["RANK"] == "1":
+            def fail(*_):
+                raise ValueError("a label of mine is broken")
+            train.data.collate = fail
+
+    def nan():
+        targets = FakeTeachers.targets
+        if os.environ["RANK"] == "1":
+            FakeTeachers.targets = lambda self, images, ids: {
+                name: [m * math.nan for m in maps] for name, maps in targets(self, images, ids).items()}
+
+    for name, sabotage in (("killed", lambda: None), ("raises", raises), ("nan", nan)):
+        out, settings = f"{folder}/{name}", {"steps": 10**4, "log_every": 1, "save_every": 3}
+        forks = [start_run(small_world, out, sabotage, env, **settings) for env in places(2)]
+        if name == "killed":
+            wait_for(lambda out=out: Path(out, "deconstruct.pt").exists())
+            os.kill(forks[1], signal.SIGKILL)
+        begin = time.monotonic()
+        codes = [end_of(fork) for fork in reversed(forks)][::-1]
+        seconds, words = time.monotonic() - begin, Path(f"{out}.txt").read_text()
+        assert seconds < 60 and "Traceback" not in words, (seconds, words)
+        print(f"{name}: ended in {seconds:.1f} s")
+        if name == "nan":
+            assert codes == [1, 1] and "distill/toy-clip is nan at step 0" in words, (codes, words)
+            assert not Path(out, "deconstruct.pt").exists()
+        else:
+            assert codes == [1, -signal.SIGKILL if name == "killed" else 1], (codes, words)
+            assert "process 0 ends because another one did" in words
+            assert ("a label of mine is broken" in words) == (name == "raises")
+        if name == "killed":
+            assert prism.read_checkpoint(Path(out) / "deconstruct.pt")["step"] % 3 == 0
+
+
+def look_at_ranks(small_world: str, folder: str) -> None:
+    """Note what each of two processes has at its first step: weights, images, seed of the noise."""
+    def note():
+        pass_over = train.pass_over
+
+        def noting(args, rt, run, model, taught, batch, mark):
+            weights = [p.sum().item() for p in run.student.parameters()]
+            file = Path(folder, f"{rt.rank}.json")
+            file.exists() or file.write_text(json.dumps([weights, batch["image"].sum().item(),
+                                                         batch["teacher"].tolist(), torch.initial_seed()]))
+            return pass_over(args, rt, run, model, taught, batch, mark)
+
+        train.pass_over = noting
+
+    forks = [start_run(small_world, f"{folder}/out", note, env, steps=1) for env in places(2)]
+    assert [end_of(fork) for fork in forks] == [0, 0]
+    one, two = (json.loads(Path(folder, f"{rank}.json").read_text()) for rank in (0, 1))
+    assert one[0] == two[0] and one[1] != two[1] and one[3] != two[3]
+    assert sorted(one[2] + two[2]) == [0, 0, 1, 1, 2, 2]
+
+
+def test_ranks_differ_in_images_and_noise_alone(small_world, tmp_path):
+    """Catches processes that start from other weights, or train on the same images with the same noise."""
+    in_fresh_process(look_at_ranks, small_world, tmp_path)
+
+
+def test_a_process_lost_ends_the_others(small_world, tmp_path):
+    """Catches a process that waits for ever for one that died, or that ends without a reason."""
+    print(in_fresh_process(lose_one_of_two, small_world, tmp_path))
+
+
+def fill_disk(small_world: str, folder: str, quota: bool) -> None:
+    """Run out of space while saving: by a quota on a process's files, or on a disk of its own; then go on."""
+    settings, whole, out = {"steps": 4, "save_every": 1, "log_every": 1}, f"{folder}/whole", f"{folder}/out"
+    assert end_of(start_run(small_world, whole, **settings)) == 0
+    size, before = Path(whole, "deconstruct.pt").stat().st_size, {}
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+
+    if quota:
+        third = functools.partial(kill_at_call, torch, "save", 3)
+        assert end_of(start_run(small_world, out, third, **settings)) == -signal.SIGKILL
+        before = {file.name: file.read_bytes() for file in Path(out).glob("*.pt")}
+        assert len(before) == 2
+    else:
+        os.mkdir(out)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={2.5 * size:.0f}", "tmpfs", out], check=True)
+    assert end_of(start_run(small_world, out, limit if quota else lambda: None, **settings)) == 1
+    words = Path(f"{out}.txt").read_text()
+    print(last := words.splitlines()[-1])
+    assert "Traceback" not in words and "cannot write" in last and ("large" if quota else "No space") in last
+    found = {file.name: file for file in Path(out).glob("*.pt")}
+    assert {"deconstruct.pt", "deconstruct.previous.pt"} == found.keys()
+    assert [prism.read_checkpoint(found[name])["step"] for name in sorted(found)] == [1, 2]
+    assert not quota or before == {name: file.read_bytes() for name, file in found.items()}
+    assert not list(Path(out).glob(".*.part"))
+    if not quota:
+        subprocess.run(["mount", "-o", "remount,size=64m", out], check=True)
+    assert end_of(start_run(small_world, out, **settings)) == 0
+    assert same_weights(out, whole) and log_rows(out) == log_rows(whole)
+
+
+@pytest.mark.parametrize("quota", [True, False])
+def test_full_disk_loses_nothing(quota, small_world, tmp_path):
+    """Catches a checkpoint that is gone, cut short or left in parts on a full disk, and a traceback."""
+    own_mounts = () if quota else ("unshare", "--map-root-user", "--mount")
+    if subprocess.run([*own_mounts, "true"]).returncode:
+        quota, own_mounts = True, ()  # no disk of one's own here
+    print(in_fresh_process(fill_disk, small_world, tmp_path, quota, before=own_mounts))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_damaged_checkpoints_are_named(suffix, tmp_path):
+    """Catches weights that differ from those that were written, and come back without a word."""
+    good, path = tmp_path / f"good{suffix}", tmp_path / f"bad{suffix}"
+    prism.save(student(), good)
+    raw, original = good.read_bytes(), prism.read_checkpoint(good)["model"]
+    rng, counts = random.Random(0), Counter()
+
+    def flipped() -> bytes:
+        at, bit = rng.randrange(len(raw)), 1 << rng.randrange(8)
+        return raw[:at] + bytes([raw[at] ^ bit]) + raw[at + 1 :]
+
+    archive = BytesIO()
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a/data.pkl", bytes(10**6))
+    foreign = (b"", bytes(1000), b"not a checkpoint", archive.getvalue(), pickle.dumps({"model": {}}),
+               pickle.dumps(print), rng.randbytes(5000))
+    cases = [*(("flipped", flipped()) for _ in range(100)), *(("foreign", content) for content in foreign),
+             *(("cut", raw[: rng.randrange(len(raw))]) for _ in range(20))]
+    for kind, content in cases:
+        path.write_bytes(content)
+        try:
+            state = prism.read_checkpoint(path)["model"]
+        except ValueError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            counts[kind, "named"] += 1
+        else:
+            assert all(torch.equal(state[k], original[k]) for k in original), kind
+            counts[kind, "unchanged"] += 1
+    print(suffix, dict(counts))
+    assert counts["flipped", "named"] >= 90 and counts["cut", "named"] == 20
+    assert counts["foreign", "named"] == len(foreign)
+
+
+def test_the_checkpoint_before_is_used_if_asked(small_world, tmp_path, tiny, capsys):
+    """Catches a damaged checkpoint that is trained over, that the one before does not replace, or whose
+    steps then differ; a run that starts over because its checkpoint is gone."""
+    settings = {"stage": "deconstruct", "save_every": 2, "log_every": 2, "steps": 6}
+    whole = tiny_run(small_world, tmp_path / "whole", **settings)["model"]
+    path, previous = tmp_path / "whole" / "deconstruct.pt", tmp_path / "whole" / "deconstruct.previous.pt"
+    raw = path.read_bytes()
+    for damage in (lambda: path.write_bytes(raw[:-100]), path.unlink):
+        assert prism.read_checkpoint(previous)["step"] == 4
+        damage()
+        with pytest.raises((ValueError, OSError), match=f"--resume previous goes on from {previous}, "):
+            tiny_run(small_world, tmp_path / "whole", **settings)
+        capsys.readouterr()
+        again = tiny_run(small_world, tmp_path / "whole", resume="previous", **settings)["model"]
+        assert "resumed" in (out := capsys.readouterr().out) and "at step 4" in out
+        assert all(torch.equal(again[k], whole[k]) for k in whole)
+    assert (tmp_path / "whole" / "deconstruct.damaged.pt").read_bytes() == raw[:-100]
+    assert [step for _, step, _ in log_rows(tmp_path / "whole")] == [2, 4, 6]
+
+
+def test_checkpoints_of_strangers(small_world, tmp_path, tiny):
+    """Catches a traceback, gigabytes, or a wrong student from a file whose checksums are right and whose
+    content is not: missing parts, other types, false sizes, weights that are no numbers."""
+    settings = {"stage": "deconstruct", "steps": 4, "save_every": 2}
+    tiny_run(small_world, tmp_path / "good", **settings)
+    source = tmp_path / "good" / "deconstruct.pt"
+    images = torch.rand(1, 3, 32, 32)
+    raw, right = source.read_bytes(), prism.load(source).features(images, "toy-sam")[3]
+    odd = (None, -1, 0, 1.5, math.nan, "x", b"x", True, [], {}, (), [1, 2], {"x": 1}, {1: {}}, 2**70, -(2**70),
+           torch.zeros(0), torch.zeros(3, 3), torch.full((2,), math.nan), torch.zeros(4).expand(2**20, 4),
+           torch.zeros(3).to_sparse(), torch.zeros(3, dtype=torch.complex64), ("a", "b", "c", "d"))
+    rng, counts = random.Random(0), Counter()
+    for case in range(80):
+        where = content = torch.load(BytesIO(raw), weights_only=True)
+        key = first = rng.choice(("model", "config", "config", *content))
+        while isinstance(where[key], dict) and where[key] and rng.random() < 0.7:
+            where = where[key]
+            key = rng.choice(sorted(where, key=str))
+        where[key] = rng.choice(odd)
+        if rng.random() < 0.3:
+            del where[key]
+        out = tmp_path / str(case)
+        out.mkdir()
+        torch.save(content, out / "deconstruct.pt")
+        for what, use in (("load", lambda out=out: prism.load(out / "deconstruct.pt")),
+                          ("go on", lambda out=out: tiny_run(small_world, out, **settings))):
+            try:
+                student_ = use()
+            except (ValueError, OSError) as error:
+                assert str(out) in str(error), error
+                counts[what, "named"] += 1
+            else:
+                counts[what, "taken"] += 1
+                if what == "load":
+                    found = student_.features(images, "toy-sam")[3]
+                    assert found.isfinite().all() and (first == "config" or torch.equal(found, right))
+        shutil.rmtree(out)
+    print(dict(counts))
+    assert counts["load", "named"] > 30 and counts["go on", "named"] > 60
+
+
+def test_two_runs_in_one_folder(small_world, tmp_path):
+    """Catches two runs that write each other's checkpoint and log."""
+    print(in_fresh_process(share_folder, small_world, tmp_path))
+
+
+def share_folder(small_world: str, folder: str) -> None:
+    out = f"{folder}/out"
+    first = start_run(small_world, out, steps=10**4, log_every=1)
+    wait_for(lambda: log_rows(out))
+    second = start_run(small_world, out, steps=10**4)
+    assert end_of(second) == 1 and f"another run trains into {out}" in Path(f"{out}.txt").read_text()
+    os.kill(first, signal.SIGKILL)
+    assert end_of(first) == -signal.SIGKILL
+    assert end_of(start_run(small_world, out, steps=2, fresh=True)) == 0
+
+
 # ------------------------------------------------------------------------------------------ bad input
 
 
@@ -1680,40 +2055,71 @@ def test_unwritable_out_folder(small_world, tmp_path, tiny):
         tiny_run(small_world, tmp_path / "out")
 
 
-def test_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
-    """Catches a checkpoint that is overwritten in place."""
-    path = tmp_path / "a.pt"
-    prism.save(student(), path)
-    before = path.read_bytes()
-
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="cannot write .*No space left.*nothing was overwritten"):
-        prism.save(student(), path)
-    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["a.pt"]
-
-
-def test_checkpoint_round_trip_and_damage(tmp_path):
-    """Catches a checkpoint that comes back changed, or whose damage goes unnoticed."""
+def test_checkpoint_round_trip(tmp_path):
+    """Catches a checkpoint that comes back changed, or a message that does not say what to do."""
     model, path, images = student(), tmp_path / "a.pt", torch.rand(1, 3, 32, 32)
     prism.save(model, path)
     again = prism.load(path)
     assert again.cfg == model.cfg
     assert torch.equal(again.predict(images)["depth"], model.predict(images)["depth"])
     assert prism.load(path, grid=(6, 4)).cfg.grid == (6, 4)
-    path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match="cannot be read"):
-        prism.load(path)
-    path.write_bytes(b"")
-    with pytest.raises(ValueError, match="cannot be read"):
-        prism.load(path)
     with pytest.raises(FileNotFoundError, match="python train.py"):
         prism.load(tmp_path / "none.pt")
     torch.save({"something": 1}, path)
     with pytest.raises(ValueError, match="holds no model and config"):
         prism.load(path)
+
+
+def test_export(tmp_path, small_world, tiny, monkeypatch, capsys):
+    """Catches an export that loads as another student or forgets where it is from, a URL that is fetched
+    anew each time, a file that a server cut short and that stays in the cache."""
+    tiny_run(small_world, tmp_path, steps=2)
+    path, images = tmp_path / "prism.pt", torch.rand(2, 3, 32, 32)
+    prism.main(prism.Args(export=path))
+    export = tmp_path / "prism.safetensors"
+    assert f"prism.load('{export}') reads it" in capsys.readouterr().out
+    assert export.stat().st_size < 0.4 * path.stat().st_size
+    stored, exported = prism.read_checkpoint(path), prism.read_checkpoint(export)
+    assert exported["provenance"] == json.loads(json.dumps(stored["provenance"])) and exported["step"] == 2
+    expected, again = prism.load(path), prism.load(export)
+    assert again.cfg == expected.cfg
+    for task, value in expected.predict(images).items():
+        assert torch.equal(again.predict(images)[task], value)
+    third = tiny_run(small_world, tmp_path / "b", steps=1, stage="deconstruct", init=str(export))
+    assert third["provenance"]["init"].startswith("prism.safetensors ")
+    with pytest.raises(ValueError, match="is an export already"):
+        prism.main(prism.Args(export=export))
+    save_file({"a": torch.zeros(3)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(ValueError, match="its metadata names no student"):
+        prism.load(tmp_path / "foreign.safetensors")
+
+    monkeypatch.setenv("PRISM_CACHE", str(tmp_path / "cache"))
+    files = {"/prism.safetensors": export.read_bytes(), "/cut.pt": path.read_bytes()[:-9]}
+    asked = []
+
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            found = files.get(self.path.partition("?")[0])
+            self.send_response(200 if found else 404)
+            self.end_headers()
+            self.wfile.write(found or b"")
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    for _ in range(2):
+        assert torch.equal(prism.load(f"{url}/prism.safetensors?x=1").pos_embed, expected.pos_embed)
+    with pytest.raises(OSError, match=f"cannot fetch {url}/none.pt .*404.*or put the file at"):
+        prism.load(f"{url}/none.pt")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="cut.pt cannot be read"):
+            prism.load(f"{url}/cut.pt")
+    server.shutdown()
+    assert asked == ["/prism.safetensors?x=1", "/none.pt", "/cut.pt", "/cut.pt"]
 
 
 def test_weights_of_another_student_are_refused_whole(tmp_path):
