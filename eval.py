@@ -1,6 +1,7 @@
 """Score a student: metrics of every task, Delta_m, what its routers do, pictures.
 
     python eval.py --ckpt out/prism.pt               # or out/deconstruct.pt: how well it imitates
+    torchrun --nproc_per_node=8 eval.py --ckpt out/prism.pt         # the same, batches shared out
     python eval.py --ckpt out/prism.pt --analysis    # conflict of teachers, experts of each patch
     python eval.py --ckpt out/prism.pt --image photo.jpg holiday/   # every task on anyone's photos
     python eval.py --ckpt out/prism.pt --save-predictions found/    # also writes what it scores
@@ -53,6 +54,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import tyro
 from einops import rearrange
@@ -651,10 +653,11 @@ def unpad(padded: np.ndarray, size: Sequence[int]) -> np.ndarray:
     return padded[top : top + size[0], left : left + size[1]]
 
 
-def progress(indices: Sequence[int], batch_size: int, what: str) -> Iterator[Sequence[int]]:
-    """Split indices into batches under a progress bar."""
-    starts = range(0, len(indices), batch_size)
-    for start in data.track(starts, what, len(starts)):
+def progress(indices: Sequence[int], batch_size: int, what: str, rank: int = 0,
+             world_size: int = 1) -> Iterator[Sequence[int]]:
+    """Split indices into batches under a progress bar; yield this process's, every world_size-th."""
+    starts = range(rank * batch_size, len(indices), world_size * batch_size)
+    for start in data.track(starts, what, len(starts), quiet=rank > 0):
         yield indices[start : start + batch_size]
 
 
@@ -687,16 +690,15 @@ def protocol_of(task: str, metric: str, protocol: str) -> str:
 
 
 def measure(model, dataset, device, batch_size: int, tasks: Sequence[str],
-            indices: Sequence[int] | None = None, save: Path | None = None, **options) -> dict[str, Metric]:
-    """Return each task's metric, updated over the images `indices` (default: all).
+            rank: int = 0, world_size: int = 1, save: Path | None = None, **options) -> dict[str, Metric]:
+    """Return each task's metric, updated over every world_size-th batch from number `rank` on.
 
-    save: write the maps below this folder, see `write_maps`.
-    With several processes, give each range(rank, len(dataset), processes) and merge their states.
-    options: as `new_metric`.
+    Whole batches, because in another batch an image's prediction is rounded differently.
+    save: write the maps below this folder, see `write_maps`. options: as `new_metric`.
     """
     metrics = {task: new_metric(task, dataset, **options) for task in tasks}
-    indices = range(len(dataset)) if indices is None else indices
-    for batch in progress(indices, batch_size, f"evaluate {' '.join(tasks)}"):
+    what = f"evaluate {' '.join(tasks)}"
+    for batch in progress(range(len(dataset)), batch_size, what, rank, world_size):
         samples = [dataset[i] for i in batch]
         maps = predict_maps(model, stack(samples, "image").to(device), tasks)
         if save is not None:
@@ -709,9 +711,22 @@ def measure(model, dataset, device, batch_size: int, tasks: Sequence[str],
     return metrics
 
 
-def evaluate(model, dataset, device, batch_size: int, tasks: Sequence[str], **options) -> dict[str, dict]:
-    """Score the model on the whole dataset: {task: what its metric's `compute` returns}."""
-    metrics = measure(model, dataset, device, batch_size, tasks, **options)
+def evaluate(model, dataset, device, batch_size: int, tasks: Sequence[str], rank: int = 0,
+             world_size: int = 1, **options) -> dict[str, dict]:
+    """Score the model on the whole dataset: {task: what its metric's `compute` returns}.
+
+    All processes of the default group must call this; it returns {} on all but the first, which alone
+    starts processes of its own to match boundaries. options: as `measure`.
+    """
+    metrics = measure(model, dataset, device, batch_size, tasks, rank, world_size, **options)
+    if world_size > 1:
+        states = None if rank else [None] * world_size
+        dist.gather_object({task: metric.state() for task, metric in metrics.items()}, states)
+        if rank:
+            return {}
+        for task, metric in metrics.items():
+            for state in states[1:]:
+                metric.merge(state[task])
     return {task: metric.compute() for task, metric in metrics.items()}
 
 
@@ -2028,23 +2043,11 @@ def draw_photos(args: Args, device) -> None:
         raise ValueError(f"{len(failed)} of {len(photos)} photos cannot be read: {'; '.join(failed)}")
 
 
-def main(args: Args) -> None:
-    """Check everything cheap, score, print, then write all files at once."""
-    if bool(args.image) + (args.predictions is not None) + (args.save_predictions is not None) > 1:
-        raise ValueError("--image, --predictions and --save-predictions do different things; give one")
-    if args.predictions is not None:
-        return score_files(args)
-    device = prism.choose_device(args.device)
-    if args.image:
-        return draw_photos(args, device)
-    if args.batch_size < 1:
-        raise ValueError(f"batch size {args.batch_size} is not positive; use 1 or more")
-    if args.analysis_images < 1:
-        raise ValueError(f"--analysis-images {args.analysis_images} is not positive; use 1 or more")
-    if args.cost:
-        return report_cost(args, device)
-    if args.contest is not None:
-        return contest(args, device)
+def score_checkpoint(args: Args) -> None:
+    """Check everything cheap, score, print, then write all files at once.
+
+    Several processes share the scoring; all the rest is the first one's, and no other waits for it.
+    """
     stored = prism.read_checkpoint(args.ckpt)
     source = args.data or stored.get("provenance", {}).get("data")
     if source is None:
@@ -2052,22 +2055,28 @@ def main(args: Args) -> None:
     cfg, options = prism.config_from(stored["config"], args.ckpt), {}
     if source.partition(":")[0] in data.UNLABELLED:  # images of all sizes are cut to the student's
         options["size"] = tuple(n * cfg.patch for n in cfg.grid)
-    dataset = data.open_data(source, args.split, **options)
+    rt = training.start_runtime(args.device)
+    dataset = training.first_rank_first(rt, lambda: data.open_data(source, args.split, **options))
     tasks = choose_tasks(args.tasks, cfg.tasks, dataset)
     reference = read_reference(args.reference, tasks)
     out_dir = args.out_dir or args.ckpt.parent
     for folder in (out_dir, args.save_predictions or out_dir):
         write_files(folder, {})  # a folder that cannot be written fails here
-    model = prism.load(args.ckpt, device)
-    print(f"{args.ckpt}: step {stored.get('step', 'not recorded')}; {source}, {args.split}, "
-          f"{len(dataset)} images; {device}")
-    if not tasks:
-        print(f"{args.ckpt} has no task heads (stage 1): no scores; next: train.py --stage recompose")
+    device, model = rt.device, prism.load(args.ckpt, rt.device)
+    if rt.rank == 0:
+        print(f"{args.ckpt}: step {stored.get('step', 'not recorded')}; {source}, {args.split}, "
+              f"{len(dataset)} images; {rt.world_size} x {device}")
 
     protocol, metrics = choose_protocol(args, dataset), {}
     if tasks:
-        metrics = evaluate(model, dataset, device, args.batch_size, tasks, protocol=protocol,
-                           exhaustive=args.exhaustive, save=args.save_predictions)
+        metrics = evaluate(model, dataset, device, args.batch_size, tasks, rt.rank, rt.world_size,
+                           protocol=protocol, exhaustive=args.exhaustive, save=args.save_predictions)
+    if rt.world_size > 1:
+        dist.destroy_process_group()
+    if rt.rank:
+        return
+    if not tasks:
+        print(f"{args.ckpt} has no task heads (stage 1): no scores; next: train.py --stage recompose")
     blocks = routing(model, dataset, device, args.batch_size)
     print_tables(metrics, blocks, protocol)
     more, pictures = {}, {}
@@ -2091,6 +2100,34 @@ def main(args: Args) -> None:
         write_files(args.save_predictions, {"meta.json": as_json(origin | facts)})
         print(f"wrote {args.save_predictions}/<task>/<id> of {len(dataset)} images: {', '.join(tasks)}")
     print(f"wrote {', '.join(str(out_dir / name) for name in files)}")
+
+
+def main(args: Args) -> None:
+    """Check the flags, then do what they ask for."""
+    if bool(args.image) + (args.predictions is not None) + (args.save_predictions is not None) > 1:
+        raise ValueError("--image, --predictions and --save-predictions do different things; give one")
+    alone = [name for name in ("image", "predictions", "cost", "contest")
+             if getattr(args, name) != getattr(Args, name)]
+    if alone and (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        if os.environ.get("RANK", "0") != "0":
+            return  # the first process says why
+        raise ValueError(f"--{alone[0]} in {processes} processes, but only the scores of a checkpoint are "
+                         "shared out; run it with python instead of torchrun")
+    if args.predictions is not None:
+        return score_files(args)
+    device = prism.choose_device(args.device)
+    if args.image:
+        return draw_photos(args, device)
+    if args.batch_size < 1:
+        raise ValueError(f"batch size {args.batch_size} is not positive; use 1 or more")
+    if args.analysis_images < 1:
+        raise ValueError(f"--analysis-images {args.analysis_images} is not positive; use 1 or more")
+    if args.cost:
+        return report_cost(args, device)
+    if args.contest is not None:
+        return contest(args, device)
+    with training.explain_lost_process():
+        score_checkpoint(args)
 
 
 if __name__ == "__main__":

@@ -1339,7 +1339,12 @@ def config_from(stored: dict, path: str | Path) -> PrismConfig:
     if wrong := [k for k, value in stored.items() if not is_of(value, kinds[k])]:
         raise ValueError(f"checkpoint {path} has the setting {wrong[0]} = {str(stored[wrong[0]])[:80]!r}, no "
                          f"{kinds[wrong[0]]}; train again or name another")
-    return PrismConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
+    cfg = PrismConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
+    try:
+        check_config(cfg)
+    except ValueError as error:
+        raise ValueError(f"checkpoint {path}: {error}") from None
+    return cfg
 
 
 def is_of(value: object, kind: type) -> bool:

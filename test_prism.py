@@ -659,7 +659,7 @@ def test_sak_checkpoint_round_trip(tmp_path):
     del content["config"]["student"]
     prism.write_checkpoint(path, content)
     assert type(prism.load(path)) is prism.Prism
-    content |= dict.fromkeys(prism.CONTENT.keys() - content.keys()) | {"stage": "a", "provenance": {}}
+    content = {k: kind() for k, kind in prism.CONTENT.items()} | content | {"stage": "a"}
     for cfg in (student().cfg, model.cfg):
         ours = {"stage": "a", **{f"student's {k}": v for k, v in asdict(cfg).items()}}
         refused = pytest.raises(ValueError, match="student's student prism there, sak here")
@@ -1516,18 +1516,22 @@ def places(processes: int) -> list[dict[str, str]]:
     return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **common} for rank in range(processes)]
 
 
-def run_rank(rank, small_world, out, where, changes):
-    """Be one of several training processes."""
+def run_two(function, *args):
+    """Call function(rank, where, *args) in two processes."""
+    torch.multiprocessing.spawn(function, (places(2), *args), nprocs=2)
+
+
+def be_rank(rank, where):
     os.environ.update(where[rank])
     torch.set_num_threads(1)
+
+
+def run_rank(rank, where, small_world, out, changes):
+    """Be one of several training processes."""
+    be_rank(rank, where)
     train.teachers.Teachers = FakeTeachers
     prism.SIZES["toy"] = replace(TINY, teachers={}, tasks={}, router_noise=0.0, expert_drop=0.0)
     tiny_run(small_world, out, **changes)
-
-
-def run_two(small_world, out, changes):
-    """Train in two processes."""
-    torch.multiprocessing.spawn(run_rank, (small_world, out, places(2), changes), nprocs=2)
 
 
 @pytest.mark.parametrize("changes", [{}, {"shard": True, "recompute": True}, {"shard": True, "accumulate": 3},
@@ -1549,10 +1553,10 @@ def test_two_processes_equal_one(changes, small_world, tmp_path, tiny, monkeypat
 
     monkeypatch.setattr(prism, "write_checkpoint", write_twice)
     if "accumulate" in changes:  # means are taken over a pass of all processes: compare with two, unsharded
-        run_two(small_world, tmp_path / "one", common | {"accumulate": 3})
+        run_two(run_rank, small_world, tmp_path / "one", common | {"accumulate": 3})
     else:
         tiny_run(small_world, tmp_path / "one", **common)
-    run_two(small_world, tmp_path / "two", common | changes)
+    run_two(run_rank, small_world, tmp_path / "two", common | changes)
     one, two = (prism.read_checkpoint(tmp_path / run / "prism.pt") for run in ("one", "two"))
     for key, value in one["model"].items():
         # A bias before batch norm has no effect; its gradient is rounding, which Adam blows up.
@@ -1973,12 +1977,11 @@ def test_checkpoints_of_strangers(small_world, tmp_path, tiny):
     content is not: missing parts, other types, false sizes, weights that are no numbers."""
     settings = {"stage": "deconstruct", "steps": 4, "save_every": 2}
     tiny_run(small_world, tmp_path / "good", **settings)
-    source = tmp_path / "good" / "deconstruct.pt"
-    images = torch.rand(1, 3, 32, 32)
+    source, images = tmp_path / "good" / "deconstruct.pt", torch.rand(1, 3, 32, 32)
     raw, right = source.read_bytes(), prism.load(source).features(images, "toy-sam")[3]
-    odd = (None, -1, 0, 1.5, math.nan, "x", b"x", True, [], {}, (), [1, 2], {"x": 1}, {1: {}}, 2**70, -(2**70),
+    odd = (None, -1, 0, 1.5, math.nan, "x", b"x", True, [], {}, (), [1, 2], {"x": 1}, {1: {}}, 2**70,
            torch.zeros(0), torch.zeros(3, 3), torch.full((2,), math.nan), torch.zeros(4).expand(2**20, 4),
-           torch.zeros(3).to_sparse(), torch.zeros(3, dtype=torch.complex64), ("a", "b", "c", "d"))
+           torch.zeros(3).to_sparse(), torch.zeros(3, dtype=torch.complex64), ("a", "b", "c"), -(2**70))
     rng, counts = random.Random(0), Counter()
     for case in range(80):
         where = content = torch.load(BytesIO(raw), weights_only=True)
@@ -4541,7 +4544,7 @@ def sample(task, seed=0):
     rng = np.random.default_rng(seed)
     ignored = rng.random(SHAPE) < 0.2
     ignored[-1] = True
-    if task == "semseg":  # class 4 is never there, class 3 only predicted
+    if task in ("semseg", "human_parts"):  # class 4 is never there, class 3 only predicted
         p, t = rng.integers(0, 4, SHAPE), rng.integers(0, 3, SHAPE).astype(np.uint8)
         return p, np.where(ignored, 255, t)
     if task == "sal":  # half of the probabilities lie exactly on a threshold
@@ -4567,7 +4570,8 @@ def sample(task, seed=0):
 
 
 def build(task):
-    return {"semseg": lambda: scoring.MeanIoU(5), "sal": scoring.MaxF, "normals": scoring.NormalError,
+    return {"semseg": lambda: scoring.MeanIoU(5), "human_parts": lambda: scoring.MeanIoU(5, band=1),
+            "sal": scoring.MaxF, "normals": scoring.NormalError,
             "depth": scoring.DepthRMSE, "edge": lambda: scoring.BoundaryF(0.05, "simple"),
             "edge sak": lambda: scoring.BoundaryF(0.05)}[task]()
 
@@ -4975,7 +4979,7 @@ def test_counts_do_not_depend_on_processes(monkeypatch):
     assert np.array_equal(*counts) and counts[0].min() > 0
 
 
-@pytest.mark.parametrize("task", ["semseg", "sal", "normals", "edge", "edge sak", "depth"])
+@pytest.mark.parametrize("task", ["semseg", "human_parts", "sal", "normals", "edge", "edge sak", "depth"])
 def test_merge_order_and_batching_change_nothing(task):
     """Would catch: means of means over processes, a metric that takes a batch for one image, state
     that is shared instead of copied, tensors and arrays scored differently."""
@@ -5124,7 +5128,7 @@ def test_evaluate_scores_the_truth_perfect_and_merges():
     assert got["human_parts"]["per_class"] == [100, 100, 100, 0, 0, 0, 0]
     assert got["normals"]["mean"] == pytest.approx(0, abs=1e-4) and got["normals"]["within_11.25"] == 100
     assert got["edge"]["odsf"] == 100 and got["depth"] == {"rmse": 0, "delta1": 100}
-    ranks = [scoring.measure(oracle, Scenes(), "cpu", 2, tasks, range(r, 5, 2)) for r in range(2)]
+    ranks = [scoring.measure(oracle, Scenes(), "cpu", 2, tasks, r, 2) for r in range(2)]
     for task in tasks:
         ranks[0][task].merge(ranks[1][task].state())
         same_numbers(got[task], ranks[0][task].compute())
@@ -5668,6 +5672,73 @@ def test_files_of_predictions_score_as_the_model_does(folder, capsys, monkeypatc
     files = headlines(found)
     assert code == 0 and files["depth"]["rmse"] == pytest.approx(direct["depth"]["rmse"], abs=1e-9)
     assert 0 < abs(files["normals"]["mean"] - direct["normals"]["mean"]) < 0.1
+
+
+def score_as_rank(rank, where, folder, world, out, batch_size):
+    """Be one of several processes that score: leaves in `out` what it printed, images scored, files."""
+    be_rank(rank, where)
+    score_noted(folder, world, out, batch_size, out / f"rank{rank}")
+
+
+def score_noted(folder, world, out, batch_size, note):
+    """Run eval.py's main; note what it printed, which images it scored, which files it wrote."""
+    read, write, measure = data.Samples.__getitem__, scoring.write_files, scoring.measure
+    seen, scored, wrote = [], [], []
+
+    def counted(*args, **options):
+        seen.clear()
+        found = measure(*args, **options)
+        scored.extend(seen)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch, open(f"{note}.txt", "w") as said:
+        patch.setattr(data.Samples, "__getitem__", lambda self, i: seen.append(i) or read(self, i))
+        patch.setattr(scoring, "measure", counted)
+        patch.setattr(scoring, "write_files", lambda where, files: (
+            wrote.extend(str((where / name).relative_to(out)) for name in files), write(where, files)))
+        patch.setattr(sys, "stdout", said)
+        scoring.main(scoring.Args(ckpt=folder / "world.pt", data=f"world:{world}", out_dir=out,
+                                  device="cpu", batch_size=batch_size, save_predictions=out / "found"))
+    Path(f"{note}.json").write_text(json.dumps({"scored": scored, "wrote": wrote}))
+
+
+@pytest.mark.parametrize("batch_size, shares", [(2, [[0, 1, 4], [2, 3]]), (8, [[0, 1, 2, 3, 4], []])])
+def test_two_processes_score_as_one(batch_size, shares, tmp_path):
+    """Would catch: an image scored twice to make shares equal, or by nobody; a share that is not merged; a
+    process without images that fails or leaves the other waiting; files written or results printed twice;
+    batches cut otherwise than by one process, which changes how predictions are rounded; TF32 in scores."""
+    world = data.render_world(tmp_path / "world", size=32, train=1, val=5, probe=1)
+    content = {"model": student().state_dict(), "config": asdict(TINY), "provenance": {}}
+    prism.write_checkpoint(tmp_path / "world.pt", content)
+    one, two = (tmp_path / name for name in ("one", "two"))
+    for out in (one, two):
+        out.mkdir()
+    torch.set_float32_matmul_precision("highest")
+    score_noted(tmp_path, world, one, batch_size, one / "rank0")
+    assert torch.get_float32_matmul_precision() == "highest"
+    run_two(score_as_rank, tmp_path, world, two, batch_size)
+    alone, *ranks = (json.loads(path.read_text()) for path in (
+        one / "rank0.json", two / "rank0.json", two / "rank1.json"))
+    assert alone["scored"] == [0, 1, 2, 3, 4] and [rank["scored"] for rank in ranks] == shares
+    assert sorted(ranks[0]["wrote"] + ranks[1]["wrote"]) == sorted(alone["wrote"])
+    assert (two / "rank1.txt").read_text() == "" and "delta1" in (two / "rank0.txt").read_text()
+    for path in (one / "found").rglob("*.*"):
+        assert path.read_bytes() == (two / "found" / path.relative_to(one / "found")).read_bytes()
+    found = [json.loads((out / "results.json").read_text()) for out in (one, two)]
+    assert found[0]["images"] == 5 and found[0]["routing"] == found[1]["routing"]
+    for task, numbers in found[0]["metrics"].items():
+        same_numbers(numbers, found[1]["metrics"][task])
+
+
+def test_only_scoring_is_shared_out(folder, capsys, monkeypatch):
+    """Would catch: a benchmark, a contest or pictures made once per process, a refusal printed by each."""
+    for rank in "01":
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", rank)
+        for changes in ({"cost": True}, {"contest": ()}, {"image": (folder,)}, {"predictions": folder}):
+            code, out, err = run(capsys, monkeypatch, folder, **changes)
+            assert out == "" and (code, err.count("\n")) == ((1, 1) if rank == "0" else (0, 0))
+            assert rank == "1" or f"--{next(iter(changes))} in 2 processes" in err
 
 
 def test_files_of_the_truth_score_perfect(tmp_path):

@@ -166,7 +166,6 @@ def start_runtime(device: str | None) -> Runtime:
     gpu = chosen.type == "cuda"
     if world_size > 1 and not dist.is_initialized():  # hours: the first rank may be raising teachers
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(hours=3))
-    torch.set_float32_matmul_precision("high")
     return Runtime(rank, world_size, chosen, torch.bfloat16 if gpu else None)
 
 
@@ -178,9 +177,9 @@ def explain_lost_process():
     except RuntimeError as error:
         if world_size() == 1 or not re.search("peer|connection|gloo|NCCL", str(error), re.IGNORECASE):
             raise
-        raise ConnectionError(f"process {dist.get_rank()} ends because another one did; its message says "
-                              "why; the same command goes on from the last checkpoint "
-                              f"({prism.one_line(error)})") from error
+        raise ConnectionError(f"process {dist.get_rank()} ends because another one did ("
+                              f"{prism.one_line(error)}); see what that one says, then repeat the command"
+                              ) from error
 
 
 class Stop:
@@ -772,6 +771,8 @@ def check_same_run(path: Path, stored: dict, ours: dict) -> None:
     if missing := sorted(prism.CONTENT.keys() - stored.keys()):
         raise ValueError(f"cannot go on from {path}: it is for use alone, without {missing[0]}; name it by "
                          f"--init, and {otherwise}")
+    if not 0 <= stored["step"] <= stored["steps"]:
+        raise ValueError(f"{path} is at step {stored['step']} of {stored['steps']}: {otherwise}")
     config = asdict(prism.config_from(stored["config"], path))  # older ones lack newer fields
     origin, schedule = (stored["provenance"].get(k) for k in ("init", "schedule"))
     theirs = {**stored, "initial weights": origin, **{f"student's {k}": v for k, v in config.items()},
@@ -1084,6 +1085,7 @@ def train(args: Args) -> None:
     """Check, raise or load the teachers, run the stages one after the other."""
     check_args(args)
     rt = start_runtime(args.device)
+    torch.set_float32_matmul_precision("high")
     with explain_lost_process(), nullcontext() if args.bench else hold(args.out_dir, rt):
         stopped = train_stages(args, rt)
     if rt.world_size > 1:
