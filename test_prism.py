@@ -1377,26 +1377,28 @@ def test_released_weights_are_scored(small_world, tmp_path, capsys):
 
 
 def test_resume_is_exact(small_world, tmp_path, tiny, monkeypatch):
-    """Catches state that a checkpoint forgets: 10 steps equal 5 + 5, bit for bit, in both stages."""
-    whole = tiny_run(small_world, tmp_path / "whole")
-    for stage, file in (("deconstruct", "deconstruct.pt"), ("recompose", "prism.pt")):
-        write = prism.write_checkpoint
+    """Catches state that a checkpoint forgets: 10 steps equal 5 + 5, bit for bit, in both stages, whatever
+    the number of loader workers; a log that ends a run, or loses lines, when it is rotated away."""
+    whole, out, write = tiny_run(small_world, tmp_path / "whole"), tmp_path / "parts", prism.write_checkpoint
 
-        def write_and_stop(path, content, previous, write=write, stage=stage):
-            write(path, content, previous)
-            if content["stage"] == stage and content["step"] == 5:
-                raise KeyboardInterrupt
+    def write_and_stop(path, content, previous):
+        write(path, content, previous)
+        if (content["stage"], content["step"]) == ("deconstruct", 10):
+            (out / "log.jsonl").rename(out / "log.1")
+        if content["step"] == 5:
+            raise KeyboardInterrupt
 
+    for file, workers in (("deconstruct.pt", 0), ("prism.pt", 2)):
         monkeypatch.setattr(prism, "write_checkpoint", write_and_stop)
         with pytest.raises(KeyboardInterrupt):
-            tiny_run(small_world, tmp_path / "parts")
-        monkeypatch.setattr(prism, "write_checkpoint", write)
-        assert prism.read_checkpoint(tmp_path / "parts" / file)["step"] == 5
-    parts = tiny_run(small_world, tmp_path / "parts")
+            tiny_run(small_world, out, workers=workers)
+        assert prism.read_checkpoint(out / file)["step"] == 5
+    monkeypatch.setattr(prism, "write_checkpoint", write)
+    parts = tiny_run(small_world, out)
     assert whole["model"].keys() == parts["model"].keys()
     assert [k for k in whole["model"] if not torch.equal(whole["model"][k], parts["model"][k])] == []
-    logs = [[json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()]
-            for run in ("whole", "parts")]
+    logs = [[json.loads(line) for file in files for line in file.read_text().splitlines()]
+            for files in ((tmp_path / "whole" / "log.jsonl",), (out / "log.1", out / "log.jsonl"))]
     for row, other in zip(*logs, strict=True):
         assert (row["stage"], row["step"], row["loss"]) == (other["stage"], other["step"], other["loss"])
     named = {"distill/toy-clip", "decorr", "balance", "semseg", "lambda/1", "dead/4", "lr"}
