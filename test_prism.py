@@ -1378,7 +1378,7 @@ def test_released_weights_are_scored(small_world, tmp_path, capsys):
 
 def test_resume_is_exact(small_world, tmp_path, tiny, monkeypatch):
     """Catches state that a checkpoint forgets: 10 steps equal 5 + 5, bit for bit, in both stages, whatever
-    the number of loader workers; a log that ends a run, or loses lines, when it is rotated away."""
+    the number of loader workers; a log that ends a run, or loses lines, rotated away or cut short."""
     whole, out, write = tiny_run(small_world, tmp_path / "whole"), tmp_path / "parts", prism.write_checkpoint
 
     def write_and_stop(path, content, previous):
@@ -1386,6 +1386,8 @@ def test_resume_is_exact(small_world, tmp_path, tiny, monkeypatch):
         if (content["stage"], content["step"]) == ("deconstruct", 10):
             (out / "log.jsonl").rename(out / "log.1")
         if content["step"] == 5:
+            with open(out / "log.jsonl", "a") as log:
+                log.write('{"stage": "deconstruct", "st')  # cut short, as by a full disk
             raise KeyboardInterrupt
 
     for file, workers in (("deconstruct.pt", 0), ("prism.pt", 2)):
@@ -1500,6 +1502,8 @@ def test_going_on_refuses_another_run(small_world, tmp_path, tiny):
         tiny_run(small_world, tmp_path, **other)
     with pytest.raises(ValueError, match="student's teachers .*'toy-clip': 8.* there, {'toy-sam': 8} here"):
         tiny_run(small_world, tmp_path, stage="deconstruct", steps=5, teachers=("toy-sam",))
+    with pytest.raises(ValueError, match="student's teachers .*'toy-clip': 8, .* here"):  # ids would change
+        tiny_run(small_world, tmp_path, stage="deconstruct", steps=5, teachers=train.Args.teachers[::-1])
     assert (tmp_path / "deconstruct.pt").read_bytes() == before
     assert tiny_run(small_world, tmp_path, fresh=True, **other)["seed"] == 1
     assert (tmp_path / "deconstruct.old.pt").read_bytes() == before
@@ -1802,13 +1806,25 @@ def stop_softly(small_world: str, folder: str) -> None:
         steps = [row[:2] for row in log_rows(out)]
         assert sorted(set(steps)) == steps and steps[-1] == ("recompose", 30)
         assert prism.read_checkpoint(Path(out) / "prism.pt")["step"] == 30
-    whole = f"{folder}/whole"
+    whole, out = f"{folder}/whole", f"{folder}/twice"
     assert end_of(start_run(small_world, whole, **settings)) == 0
     assert same_weights(whole, f"{folder}/1")
 
+    def hang():
+        train.update = lambda *_: time.sleep(60)
+
+    fork = start_run(small_world, out, hang, **settings)
+    wait_for(lambda: Path(f"{out}.txt").exists() and "deconstruct: 30 steps" in Path(f"{out}.txt").read_text())
+    for words in ("ending after this step", "stopped"):
+        time.sleep(0.3)  # from the last words to the loop
+        os.kill(fork, signal.SIGINT)
+        wait_for(lambda words=words: words in Path(f"{out}.txt").read_text())
+    assert end_of(fork) == 1
+
 
 def test_signals_end_a_run_saved(small_world, tmp_path):
-    """Catches Ctrl-C or SIGTERM that loses steps, leaves other processes waiting, or says nothing."""
+    """Catches Ctrl-C or SIGTERM that loses steps, leaves other processes waiting, says nothing, or cannot be
+    had sooner by asking twice."""
     in_fresh_process(stop_softly, small_world, tmp_path)
 
 
