@@ -30,6 +30,7 @@ import signal
 import statistics
 import sys
 import time
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -1101,7 +1102,8 @@ def read_pickle(path: Path) -> object:
                 raise ValueError("its parts claim more bytes than it has")
             if bad := parts.testzip():  # torch would not look
                 raise ValueError(f"{bad} fails its checksum")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with warnings.catch_warnings(action="ignore"):  # of strangers' pickles
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def read_checkpoint(path: str | Path, grid: tuple[int, int] | None = None,
@@ -1136,23 +1138,27 @@ def check_content(content: object, path: Path, otherwise: str) -> None:
                          "train.py or prism.save wrote, or one that the authors of PRISM or SAK released")
     wrong = [f"{k} is a {type(content[k]).__name__}" for k, kind in CONTENT.items()
              if k in content and not isinstance(content[k], kind)]
-    if not wrong:
-        state = content["model"]
-        wrong = [f"{str(k)[:80]} is no finite dense tensor" for k, value in state.items()
-                 if not (isinstance(k, str) and is_plain(value))]
-        if not wrong and sum(value.nbytes for value in state.values()) > path.stat().st_size:
-            wrong = ["its tensors claim more bytes than it has"]
+    state = {} if wrong else content["model"]
+    wrong += [f"{str(k)[:80]} is no dense tensor" for k, v in state.items()
+              if not (isinstance(k, str) and is_dense(v))]
+    if not wrong and sum(v.nbytes for v in state.values()) > path.stat().st_size:
+        wrong = ["its tensors claim more bytes than it has"]
+    wrong = wrong or [f"{k} is not finite" for k, v in state.items() if not is_finite(v)]
     if wrong:
         raise ValueError(f"checkpoint {path} is none that train.py or prism.save wrote ({wrong[0]}): "
                          f"{otherwise}")
 
 
-def is_plain(value: object) -> bool:
-    """Tell whether a value is a dense tensor of plain numbers, none of them nan or infinite."""
+def is_dense(value: object) -> bool:
+    """Tell whether a value is a dense tensor of plain numbers."""
     kinds = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64)
     return (torch.is_tensor(value) and value.layout is torch.strided and not value.is_nested
-            and value.dtype in kinds and value.device.type == "cpu"
-            and (not value.numel() or all(map(torch.isfinite, torch.aminmax(value)))))
+            and value.dtype in kinds and value.device.type == "cpu")
+
+
+def is_finite(value: Tensor) -> bool:
+    """Tell whether no number of a tensor is nan or infinite, in one pass."""
+    return not value.numel() or all(map(torch.isfinite, torch.aminmax(value)))
 
 
 RELEASED_TEACHERS = ("dinov2", "clip", "sam")  # in the order of the released configs, ids and gates

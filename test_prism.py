@@ -1814,11 +1814,15 @@ def stop_softly(small_world: str, folder: str) -> None:
         train.update = lambda *_: time.sleep(60)
 
     fork = start_run(small_world, out, hang, **settings)
-    wait_for(lambda: Path(f"{out}.txt").exists() and "deconstruct: 30 steps" in Path(f"{out}.txt").read_text())
-    for words in ("ending after this step", "stopped"):
-        time.sleep(0.3)  # from the last words to the loop
+
+    def says(words):
+        return Path(f"{out}.txt").exists() and words in Path(f"{out}.txt").read_text()
+
+    for before, after in (("deconstruct: 30 steps", "ending after this step"), ("ending after", "stopped")):
+        wait_for(functools.partial(says, before))
+        time.sleep(0.3)  # from these words to the loop
         os.kill(fork, signal.SIGINT)
-        wait_for(lambda words=words: words in Path(f"{out}.txt").read_text())
+        wait_for(functools.partial(says, after))
     assert end_of(fork) == 1
 
 
@@ -2007,7 +2011,9 @@ def test_checkpoints_of_strangers(small_world, tmp_path, tiny):
         while isinstance(where[key], dict) and where[key] and rng.random() < 0.7:
             where = where[key]
             key = rng.choice(sorted(where, key=str))
-        where[key] = rng.choice(odd)
+        value = where[key]
+        near = (value * math.nan, value.double(), value.long(), value[:0]) if torch.is_tensor(value) else ()
+        where[key] = rng.choice(near * 3 + odd)
         if rng.random() < 0.3:
             del where[key]
         out = tmp_path / str(case)
@@ -2028,6 +2034,30 @@ def test_checkpoints_of_strangers(small_world, tmp_path, tiny):
         shutil.rmtree(out)
     print(dict(counts))
     assert counts["load", "named"] > 30 and counts["go on", "named"] > 60
+
+
+def test_small_files_that_claim_much(tmp_path):
+    """Catches memory or hours given to what a small file claims: compressed parts, one number repeated for
+    ever, sizes without end, blocks without weights."""
+    path, good = tmp_path / "a.pt", {"model": student().state_dict(), "config": asdict(TINY)}
+    name = next(iter(good["model"]))
+    for part, changes, message in (
+        ("model", {name: torch.zeros(1).expand(2**40)}, "its tensors claim more bytes than it has"),
+        ("config", {"depth": 10**6}, "claims 1000000 blocks"),
+        ("config", {"dim": 2**70}, "has the setting dim = '1180591620717411303424', no <class 'int'>"),
+        ("config", {"experts": 200, "dim": 2**18}, "do not fit this student"),
+        ("config", {"tasks": {"semseg": 2**20 - 1}}, "do not fit this student"),
+    ):
+        prism.write_checkpoint(path, good | {part: good[part] | changes})
+        with pytest.raises(ValueError, match=message):
+            prism.load(path)
+    torch.save(good | {"model": {name: torch.zeros(10**7)}}, path)
+    stored = zipfile.ZipFile(BytesIO(path.read_bytes()))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for part in stored.namelist():
+            file.writestr(part, stored.read(part))
+    with pytest.raises(ValueError, match="its parts claim more bytes than it has"):
+        prism.load(path)
 
 
 def test_two_runs_in_one_folder(small_world, tmp_path):

@@ -790,7 +790,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: Path) ->
     params = [p for group in optimizer.param_groups for p in group["params"]]
     try:
         moments = [state["state"][i] for i in range(len(params))]
-        fits = all({k: t.shape for k, t in own.items() if prism.is_plain(t)}
+        fits = all({k: t.shape for k, t in own.items() if prism.is_dense(t) and prism.is_finite(t)}
                    == {"step": torch.Size(), "exp_avg": p.shape, "exp_avg_sq": p.shape}
                    for own, p in zip(moments, params, strict=True))
     except Exception:  # a stranger's file may hold anything
