@@ -1237,7 +1237,7 @@ def is_student(path: str | Path) -> bool:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 return (file.metadata() or {}).get("format") == "prism"
-        content = path.suffix == ".pth" and torch.load(path, map_location="cpu", weights_only=True)
+        content = path.suffix == ".pth" and read_pickle(path)
     except Exception:  # whoever reads it next says what is wrong with it
         return False
     released = isinstance(content, dict) and released_levels(content.get("model"))[0]

@@ -576,8 +576,8 @@ class Log:
                 with open(self.path, "a") as file:  # by name each time: whoever rotates logs may take it away
                     file.write(json.dumps(row) + "\n")
             except OSError as error:
-                raise OSError(f"cannot write {self.path}: {error.strerror}; free space:  the same command "
-                              "goes on from the last checkpoint") from error
+                raise OSError(f"cannot write {self.path}: {error.strerror}; free space, then repeat the "
+                              "command: it goes on from the last checkpoint") from error
             print(self.line(row), flush=True)
 
     def line(self, row: dict) -> str:
@@ -656,8 +656,8 @@ def prepare(args: Args, rt: Runtime, name: str, taught: teachers.Teachers) -> Ru
         start, report = stored["step"], f"resumed {path} at step {stored['step']}"
     later = args.out_dir / ON_PASCAL.checkpoint
     if args.stage == "all" and name == "deconstruct" and start < stage.steps and later.exists():
-        raise ValueError(f"{later} began with a {path} that is gone; start both stages over with --fresh, or "
-                         "choose another --out-dir")
+        raise ValueError(f"{later} began with another {path.name} than is to be trained; start both stages "
+                         "over with --fresh, or choose another --out-dir")
     place(args, rt, student)
     optimizer = build_optimizer(student, stage, pretrained=origin != "random weights")
     if stored:
@@ -778,9 +778,8 @@ def check_same_run(path: Path, stored: dict, ours: dict) -> None:
     theirs = {**stored, "initial weights": origin, **{f"student's {k}": v for k, v in config.items()},
               **(schedule if isinstance(schedule, dict) else {})}
     # as text: whatever a file holds has one, and the order of teachers shows
-    texts = {k: [" ".join(str(side.get(k)).split())[:300] for side in (theirs, ours)] for k in ours}
-    if differ := {k: pair for k, pair in texts.items() if pair[0] != pair[1]}:
-        detail = [f"{k} {there} there, {here} here" for k, (there, here) in differ.items()]
+    texts = {k: [" ".join(str(side.get(k)).split()) for side in (theirs, ours)] for k in ours}
+    if detail := [f"{k} {there} there, {here} here" for k, (there, here) in texts.items() if there != here]:
         raise ValueError(f"cannot go on from {path}: {'; '.join(detail)}; repeat the command that wrote it, "
                          f"{otherwise}")
 
