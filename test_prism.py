@@ -1691,6 +1691,7 @@ def start_run(small_world, out, sabotage=lambda: None, env=None, **changes) -> i
         return fork
     code = 99
     try:
+        signal.alarm(240)  # where a test fails, nothing goes on for ever
         os.environ.update(env or {})
         words = os.open(f"{out}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(words, 1), os.dup2(words, 2)
