@@ -54,6 +54,8 @@ import os
 import re
 import shutil
 import signal
+import stat
+import struct
 import sys
 import tarfile
 import threading
@@ -61,6 +63,7 @@ import time
 import traceback
 import uuid
 import warnings
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -108,6 +111,17 @@ def check_tasks(names: Iterable[str]):
     for name in names:
         if name not in TASKS:
             raise ValueError(f'task "{name}" is unknown; use {", ".join(TASKS)}')
+
+
+def check_flags(args, limits: dict[str, tuple[float, float]]):
+    """Raise ValueError for a number of a command line outside its limits; None is none, nan is outside."""
+    for name, (least, most) in limits.items():
+        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and not least <= number <= most:
+                raise ValueError(f"{flag} {number} is not in {least:g} .. {most:g}; give a number that is")
+        if isinstance(value, tuple) and len(value) > 2:
+            raise ValueError(f"{flag} {' '.join(map(str, value))}; give a side, or height and width")
 
 
 FILES = {  # of every sample of PASCAL-Context; the world adds depth
@@ -889,8 +903,10 @@ def render_world(root: str | Path | None = None, **settings: int | str) -> Path:
     settings = WorldSettings(**settings)
     key = world_key(settings)
     root = Path(root or cache_folder() / f"world-{settings.size}px-{key}")
-    if (root / "meta.json").exists() and load_json(root / "meta.json").get("key") == key:
-        return root
+    if (root / "meta.json").exists():
+        meta = load_json(root / "meta.json")
+        if isinstance(meta, dict) and meta.get("key") == key:
+            return root
     if root.exists() and any(root.iterdir()):
         raise ValueError(f"{root} holds other files than this world; name another folder")
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -928,37 +944,200 @@ def decode_file(path: Path, decode):
         raise ValueError(f"{path} cannot be decoded ({why}); put an intact copy there") from error
 
 
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # whatever the suffix says; EPS starts a program
+MOST_BYTES = 2**29  # of a file; 89 million pixels, the most that Pillow takes, are less in any format
+MOST_UNPACKED = 2**28  # bytes of a .mat file; labels of 640 x 480 pixels in float64 are 1 % of it
+MOST_ARRAYS, DEEPEST = 10**5, 16  # in a .mat file, in one another; PASCAL-Part has thousands, 4 deep
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """Read a file whole. Raises ValueError for a folder, what never ends (a pipe), or too many bytes."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("no file")
+    if status.st_size > MOST_BYTES:
+        raise ValueError(f"{status.st_size} bytes, at most {MOST_BYTES} are read")
+    with open(path, "rb") as file:
+        return file.read()
+
+
 def load_json(path: Path):
     """Read a JSON file."""
-    return decode_file(path, lambda path: json.loads(path.read_text()))
+    return decode_file(path, lambda path: json.loads(read_bytes(path).decode()))
+
+
+def load_table(path: Path, fits, what: str, names: Iterable[str] = ()) -> dict:
+    """Read a JSON object whose values all fit and which has those names. Raises ValueError."""
+    table = load_json(path)
+    if not isinstance(table, dict) or not all(map(fits, table.values())):
+        raise ValueError(f"{path} does not map every name to {what}; put an intact copy there")
+    if missing := [name for name in names if name not in table]:
+        raise ValueError(f"{path} lacks {len(missing)} names, first {missing[0]}; put an intact copy there")
+    return table
+
+
+def is_id(value) -> bool:
+    """Tell a class id of JSON."""
+    return type(value) is int and 0 <= value < 2**16
+
+
+def read_ids(path: Path) -> list[str]:
+    """Read the ids of a split. Raises ValueError if there are none, or one leads out of its folder."""
+    names = decode_file(path, lambda path: read_bytes(path).decode().split())
+    if not names:
+        raise ValueError(f"{path} lists no ids; put an intact copy there")
+    if odd := [x for x in names if x in (".", "..") or "/" in x or "\\" in x or not x.isprintable()]:
+        raise ValueError(f"{path} lists {ascii(odd[0])[:60]}, which is no plain name of a file; correct it")
+    return names
+
+
+def check_png(content: bytes):
+    """Raise ValueError unless all chunks have their checksums, which Pillow passes over (0.05 ms)."""
+    at, view = 8, memoryview(content)
+    while content[at - 8 : at - 4] != b"IEND":
+        size = int.from_bytes(view[at : at + 4])
+        end = at + 8 + size
+        if end + 4 > len(content) or zlib.crc32(view[at + 4 : end]) != int.from_bytes(view[end : end + 4]):
+            raise ValueError("cut off, or its checksum is wrong")
+        at = end + 4
+
+
+@contextlib.contextmanager
+def open_picture(content: bytes) -> Iterator[Image.Image]:
+    """Open an image of FORMATS. Raises ValueError or a warning of Pillow's for a bomb, before decoding."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # odd EXIF and palettes, by the thousand
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        if content.startswith(b"\x89PNG\r\n\x1a\n"):
+            check_png(content)
+        try:
+            picture = Image.open(BytesIO(content), formats=FORMATS)
+        except UnidentifiedImageError:
+            raise ValueError("no image, or cut off in its header") from None
+        yield picture
 
 
 def load_picture(path: Path, mode: str | None = None) -> np.ndarray:
     """Read an image as (H, W) or (H, W, 3) uint8; without a mode, palette files keep their ids."""
-    with Image.open(path) as picture:
+    with open_picture(read_bytes(path)) as picture:
+        if mode and picture.mode.startswith(("F", "I")):  # convert() would clip them
+            raise ValueError(f"pixels of type {picture.mode}, not of 8 bits")
         return np.array(picture.convert(mode) if mode else picture)
+
+
+def load_mat(path: Path) -> dict:
+    """Read a MATLAB file of versions 5 to 7 as scipy does, once its sizes and checksums are checked.
+
+    Left alone, scipy takes 8 GB for 200 bytes, or ends the process. Raises ValueError.
+    """
+    content = read_bytes(path)
+    order = {b"IM": "<", b"MI": ">"}.get(content[126:128])
+    if not order or 0 in content[:4] or struct.unpack_from(f"{order}H", content, 124) != (0x0100,):
+        raise ValueError("no MATLAB file of versions 5 to 7; save it again with -v7")
+    parts, at, left = [content[:128]], 128, MOST_UNPACKED
+    while at < len(content):
+        kind, size = struct.unpack_from(f"{order}II", content, at)
+        part, at = content[at : at + 8 + size], at + 8 + size
+        if kind == 15:  # packed
+            unpacker = zlib.decompressobj()
+            part = unpacker.decompress(part[8:], max(left, 1))
+            if not unpacker.eof:
+                raise ValueError(f"cut off, or unpacks to more than {MOST_UNPACKED} bytes")
+        check_arrays(part, order)
+        left -= len(part)
+        parts.append(part)
+    return loadmat(BytesIO(b"".join(parts)))
+
+
+def mat_element(content: bytes, order: str, at: int) -> tuple[int, int, int]:
+    """Return first byte and size of an element of a .mat file, and where the next one starts."""
+    kind, size = struct.unpack_from(f"{order}II", content, at)
+    if kind >> 16:  # up to 4 bytes, beside the size
+        return at + 4, kind >> 16, at + 8
+    return at + 8, size, at + 8 + size + -size % 8
+
+
+def check_arrays(content: bytes, order: str):
+    """Raise ValueError unless the arrays of a .mat file are as few, shallow and small as scipy can take.
+
+    Walks just as scipy does, which allocates what sizes claim, and calls itself for arrays within arrays.
+    """
+    now, waiting = 0, [1]  # arrays still to come, at each depth
+    for _ in range(MOST_ARRAYS):
+        while waiting and not waiting[-1]:
+            waiting.pop()
+        if not waiting:
+            return
+        waiting[-1] -= 1
+        inner, now = skip_array(content, order, now)
+        waiting.append(inner)
+        if len(waiting) > DEEPEST or now > len(content) + 7:  # the last padding may be missing
+            raise ValueError(f"cut off within an array, or more than {DEEPEST} in one another")
+    raise ValueError(f"more than {MOST_ARRAYS} arrays")
+
+
+def skip_array(content: bytes, order: str, at: int) -> tuple[int, int]:
+    """Return how many arrays follow as elements of the one at `at`, and where. Raises as `check_arrays`."""
+    kind, size = struct.unpack_from(f"{order}II", content, at)
+    if not size:  # an empty cell or field
+        return 0, at + 8
+    flags, = struct.unpack_from(f"{order}I", content, at + 16)
+    form = flags & 255  # 1 cells, 2 struct, 3 object, 4 text, 5 sparse, 6..15 numbers
+    first, size, now = mat_element(content, order, at + 24)
+    dims = struct.unpack_from(f"{order}{min(size // 4, 32)}i", content, first)
+    count, most = math.prod(dims), len(content) - at if form > 5 else MOST_ARRAYS
+    if kind != 14 or not 1 <= form <= 15 or min(dims) < 0 or count > most and form != 5:
+        raise ValueError(f"array of type {form} with {dims[:4]} elements; numbers alone are read")
+    for _ in range(1 + (form == 3)):  # names of array and class
+        *_, now = mat_element(content, order, now)
+    if form in (2, 3):
+        first, _, now = mat_element(content, order, now)
+        length, = struct.unpack_from(f"{order}i", content, first)
+        _, size, now = mat_element(content, order, now)
+        if length < 1 or size > 1000 * length:
+            raise ValueError(f"a struct with {size} bytes of names")
+        count *= size // length
+    if form < 4:
+        return count, now
+    parts = {4: 1, 5: 3}.get(form, 1) + (form > 4 and flags >> 11 & 1)  # indices, real, imaginary
+    for _ in range(parts):
+        *_, now = mat_element(content, order, now)
+    return 0, now
 
 
 def load_array(path: Path, field: str = "", mode: str | None = None) -> np.ndarray:
     """Read an array from a .npy file, a field of a .mat file, or an image as `load_picture` does."""
     if path.suffix == ".npy":
-        return np.load(path)
-    if path.suffix != ".mat":
-        return load_picture(path, mode)
-    field, *inner = field.split(".")
-    array = loadmat(path)[field]
-    for name in inner:
-        array = array[0, 0][name][0, 0]
+        array = np.lib.format.read_array(BytesIO(read_bytes(path)), allow_pickle=False)
+    elif path.suffix != ".mat":
+        array = load_picture(path, mode)
+    else:
+        field, *inner = field.split(".")
+        array = load_mat(path)[field]
+        for name in inner:
+            array = array[0, 0][name][0, 0]
+    return as_numbers(array)
+
+
+def as_numbers(array) -> np.ndarray:
+    """Pass on an array of real numbers. Raises ValueError for text, dates, cells, sparse or complex ones."""
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "buif":
+        raise ValueError(f"{getattr(array, 'dtype', type(array).__name__)}, no real numbers")
     return array
 
 
-def load_label(path: Path, shape: tuple[int, ...], most: float = math.inf, least: float = 0, **how):
-    """Read a label as `load_array` does; raise ValueError unless it has that shape and range."""
+def load_label(path: Path, shape: tuple[int, ...], most: float, least: float = 0, whole: bool = False, **how):
+    """Read a label as `load_array` does; raise ValueError unless it has that shape and range.
+
+    whole: no fractions either, as in ids.
+    """
     array = decode_file(path, lambda path: load_array(path, **how))
     if array.shape != shape:
         raise ValueError(f"{path} has size {array.shape}, its image {shape[:2]}; "
                          "put the matching label there")
     check_range(path, array, most, least)
+    if whole and array.dtype.kind == "f" and (array % 1).any():
+        raise ValueError(f"{path} holds fractions, not ids; put an intact copy there")
     return array
 
 
@@ -980,8 +1159,10 @@ def upright_rgb(picture: Image.Image) -> np.ndarray:
     if picture.mode == "F":
         raise ValueError("floats of unknown range")
     if picture.mode.startswith("I"):  # 16 bit gray, which convert() would clip at 255
-        deep = np.clip(np.asarray(picture).astype(np.int64), 0, 65535)
-        picture = Image.fromarray(((deep + 128) // 257).astype(np.uint8))
+        deep = np.asarray(picture).clip(0, 65535).astype(np.uint32)  # nothing wider: pictures may be large
+        deep += 128
+        deep //= 257
+        picture = Image.fromarray(deep.astype(np.uint8))
     return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
 
 
@@ -991,7 +1172,7 @@ def read_photo(path: Path, longest: int = 1024) -> np.ndarray:
         raise FileNotFoundError(f"photo {path} does not exist; name a file that does")
 
     def read(path: Path) -> np.ndarray:
-        with Image.open(path) as picture:
+        with open_picture(read_bytes(path)) as picture:
             upright = Image.fromarray(upright_rgb(picture))
         upright.thumbnail((longest, longest), Image.Resampling.LANCZOS)
         return np.array(upright)
@@ -1002,10 +1183,10 @@ def read_photo(path: Path, longest: int = 1024) -> np.ndarray:
 def load_objects(path: Path) -> list[tuple]:
     """Read a PASCAL-Part file: (class index, mask (H, W) bool, [(part name, mask), ...]) each."""
     objects = []
-    for item in loadmat(path)["anno"][0, 0]["objects"].ravel():
+    for item in load_mat(path)["anno"][0, 0]["objects"].ravel():
         parts = item["parts"].ravel() if len(item["parts"]) else ()
-        parts = [(part["part_name"][0], part["mask"] > 0) for part in parts]
-        objects.append((int(item["class_ind"][0, 0]), item["mask"] > 0, parts))
+        parts = [(part["part_name"][0], as_numbers(part["mask"]) > 0) for part in parts]
+        objects.append((int(item["class_ind"][0, 0]), as_numbers(item["mask"]) > 0, parts))
     return objects
 
 
@@ -1171,7 +1352,7 @@ class LabelFolder(Samples):
             known = ", ".join(sorted(path.stem for path in listed.parent.glob("*.txt"))) or "none"
             raise FileNotFoundError(f"{listed} is missing; splits of this folder: {known}")
         train = split == "train" if train is None else train
-        super().__init__(listed.read_text().split(), size or self.default_size, train, seed, **options)
+        super().__init__(read_ids(listed), size or self.default_size, train, seed, **options)
         self.packaging, self.files = self.find_files(self.root)
         missing = sum(missing_files(self.root, self.files, self.ids).values(), [])
         if missing:
@@ -1219,15 +1400,17 @@ class PascalContext(LabelFolder):
 
     def read_valid_normals(self) -> list[int]:
         """Return the LabelMap ids whose normals count: classes that NYUD knows too, 170 of 459."""
-        context = load_json(self.root / "json/context_classes.json")
-        shared = set(context) & set(load_json(self.root / "json/nyu_classes.json"))
+        context = load_table(self.root / "json/context_classes.json", is_id, "an id from 0 to 65535")
+        nyu = load_table(self.root / "json/nyu_classes.json", lambda value: True, "an id")
+        shared = set(context) & set(nyu)
         shared |= {"tvmonitor"} & set(context)  # NYUD says "television"
         return [context[name] for name in shared - {"unknown"}]
 
     def read_part_lists(self) -> dict[str, list[int]]:
         """Return the objects of each image; from the part files if the list does not fit."""
         path = self.root / f"ImageSets/Parts/{self.split}.txt"
-        lists = load_json(path) if path.exists() else {}
+        lists = load_table(path, lambda v: isinstance(v, list) and all(is_id(k) or k == -1 for k in v),
+                           "a list of class indices") if path.exists() else {}
         if set(lists) == set(self.ids):
             return lists
         files = [self.root / self.files["human_parts"].format(name) for name in self.ids]
@@ -1270,7 +1453,8 @@ class PascalContext(LabelFolder):
         person = PERSON in self.part_lists[name]
 
         def decode_slowly() -> dict[str, np.ndarray]:
-            labelmap = load_label(path["labelmap"], shape, field="LabelMap").astype(np.int32)
+            labelmap = load_label(path["labelmap"], shape, 2**16 - 1, whole=True, field="LabelMap")
+            labelmap = labelmap.astype(np.int32)
             parts = np.zeros(shape, np.uint8)
             if person:
                 parts = decode_file(path["human_parts"], lambda path: load_human_parts(path, shape))
@@ -1278,13 +1462,15 @@ class PascalContext(LabelFolder):
 
         stamp = [*shape, person, *stamps(path["labelmap"], path["human_parts"])]
         labels = self.keep(name, stamp, decode_slowly)
-        semseg = load_label(path["semseg"], shape)
+        semseg = load_label(path["semseg"], shape, IGNORE, whole=True).astype(np.uint8, copy=False)
         check_range(path["semseg"], semseg[semseg != IGNORE], len(self.classes["semseg"]) - 1)
-        normals = decode_normals(load_label(path["normals"], (*shape, 3), mode="RGB"))
+        normals = decode_normals(load_label(path["normals"], (*shape, 3), 255, mode="RGB"))
         normals[~np.isin(labels["labelmap"], self.valid_normals)] = 0
-        sal = (load_label(path["sal"], shape, mode="L") >= 128).astype(np.uint8)
+        sal = (load_label(path["sal"], shape, 255, mode="L") >= 128).astype(np.uint8)
         labels |= {"semseg": semseg, "normals": normals, "sal": sal}
-        return labels | ({"depth": load_label(path["depth"], shape)} if "depth" in path else {})
+        if "depth" in path:
+            labels["depth"] = load_label(path["depth"], shape, IGNORE - 1).astype(np.float32, copy=False)
+        return labels
 
 
 def nyud_files(packaging: str) -> dict[str, str]:
@@ -1326,9 +1512,14 @@ class NYUDv2(LabelFolder):
                          f"known are {known}; {cls.origin}")
 
     def decode_labels(self, path: dict[str, Path], shape: tuple[int, int], name: str) -> dict:
-        semseg = load_label(path["semseg"], shape, len(self.classes["semseg"]), field="segmentation")
+        classes = len(self.classes["semseg"])
+        semseg = load_label(path["semseg"], shape, classes, whole=True, field="segmentation")
         normals = load_label(path["normals"], (*shape, 3), 255, -1.001, mode="RGB")
-        normals = decode_normals(normals) if normals.dtype == np.uint8 else normals.astype(np.float32)
+        if normals.dtype == np.uint8:
+            normals = decode_normals(normals)
+        else:
+            check_range(path["normals"], normals, 1.001, -1.001)
+            normals = normals.astype(np.float32)
         top = 1 if path["edge"].suffix == ".npy" else 255
         lines = load_label(path["edge"], shape, top, mode="L")
         if lines.any():
@@ -1336,7 +1527,7 @@ class NYUDv2(LabelFolder):
         labelmap = edge = (lines > top / 2).astype(np.uint8)
         depth = load_label(path["depth"], shape, IGNORE - 1, field="depth").astype(np.float32)
         if "labelmap" in path:
-            labelmap = load_label(path["labelmap"], shape, 1, field="groundTruth.Boundaries")
+            labelmap = load_label(path["labelmap"], shape, 1, whole=True, field="groundTruth.Boundaries")
         return {"semseg": semseg.astype(np.uint8) - np.uint8(1),  # 0, void, wraps round to 255
                 "normals": normals, "edge": edge, "depth": depth, "labelmap": labelmap.astype(np.int32)}
 
@@ -1353,17 +1544,22 @@ class Rendered:
 
     def __init__(self, root: str | Path, split: str, size: int | tuple[int, int] | None = None,
                  train: bool | None = None, seed: int = 0, cache: bool | None = None, **options):
-        meta = load_json(Path(root) / "meta.json")
+        path = Path(root) / "meta.json"
+        meta = load_table(path, lambda value: True, "its own", ("classes", "parts", "size"))
         names = {"semseg": meta["classes"], "human_parts": meta["parts"]}
+        if not (all(isinstance(v, list) and v and all(isinstance(k, str) for k in v) for v in names.values())
+                and is_id(meta["size"]) and meta["size"] > 0):
+            raise ValueError(f"{path} needs names as classes and parts, a size in pixels; {self.origin}")
         self.classes = {task: names[task] for task in self.classes}
-        size = size or meta["size"]
-        if cache is None:  # 28 bytes per pixel
-            cache = meta["counts"].get(split, 0) * meta["size"] ** 2 * 28 < 2**30
-        super().__init__(root, split, size, train, seed, cache=cache, **options)
-        self.captions = load_json(self.root / "captions.json")
+        super().__init__(root, split, size or meta["size"], train, seed, **options)
+        if len(self) * meta["size"] ** 2 * 28 < 2**30 if cache is None else cache:  # 28 bytes per pixel
+            self._cache = {}
+        self.captions = load_table(
+            self.root / "captions.json", lambda v: isinstance(v, dict) and isinstance(v.get("caption"), str)
+            and isinstance(v.get("things"), list), 'a "caption" and "things"', self.ids)
 
     def decode(self, name: str, labels: bool) -> dict:
-        return super().decode(name, labels) | self.captions[name]
+        return super().decode(name, labels) | {key: self.captions[name][key] for key in ("caption", "things")}
 
 
 class World(Rendered, PascalContext):
@@ -1404,9 +1600,23 @@ def open_data(spec: str, split: str, **options) -> Samples:
     if kind not in READERS or not (root or layout):
         raise ValueError(f'data "{spec}" is unknown; use "world", "world-nyud" or "KIND:/path" with KIND '
                          f"one of {', '.join((*READERS, *UNLABELLED))}")
+    if not root and split not in SPLITS:
+        raise ValueError(f'split "{split}" of {spec} is unknown; use {", ".join(SPLITS)}')
     size = options.get("size") or WorldSettings.size
     root = root or render_world(size=size if isinstance(size, int) else max(size), layout=layout)
     return READERS[kind](Path(root).expanduser(), split, **options)
+
+
+def check_place(spec: str):
+    """Raise OSError or ValueError unless the folder or the tars of a spec of `open_data` are there."""
+    kind, _, root = spec.partition(":")
+    path = Path(root).expanduser()
+    if kind in UNLABELLED and ".tar" in path.name and not path.is_dir():
+        find_tars(str(path))
+    elif root and not path.is_dir():
+        raise FileNotFoundError(f"{path} of data {spec} is no folder; name one that is")
+    elif not root and kind not in (World.kind, WorldNYUD.kind):
+        raise ValueError(f'data "{spec}" names no folder; write {kind}:/path')
 
 
 # === images without labels ===
@@ -1415,7 +1625,6 @@ def open_data(spec: str, split: str, **options) -> Samples:
 
 UNLABELLED = ("images", "imagenet", "tars")  # kinds of `open_data`
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # whatever the suffix says
 TRIES = 10  # unreadable images in a row for one sample
 
 
@@ -1425,8 +1634,9 @@ def is_image(name: str) -> bool:
 
 
 def printable(name: str) -> str:
-    """Spell out the bytes of a file name that are no text; to print them would raise."""
-    return os.fsencode(name).decode(errors="backslashreplace")
+    """Spell out what of a file name is no text, which to print would raise, and what moves the cursor."""
+    text = os.fsencode(name).decode(errors="backslashreplace")
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class Names(Sequence):
@@ -1479,18 +1689,33 @@ def find_tars(pattern: str) -> list[str]:
     return found
 
 
+class TarInfo(tarfile.TarInfo):
+    """A header of a tar that claims no more than it can: tarfile would loop on sizes below zero."""
+
+    @classmethod
+    def frombuf(cls, *given):
+        header = super().frombuf(*given)
+        extends = header.type in (b"L", b"K", b"x", b"g", b"X")  # long names, attributes: read at once
+        if not 0 <= header.size < (2**14 if extends else 2**63):
+            raise tarfile.HeaderError(f"{header.size} bytes")
+        return header
+
+
 def scan_tar(path: str) -> tuple[list[bytes], np.ndarray, bool]:
-    """Read all headers of a tar: images' names, (n, 2) int64 offset and size, is the tar whole."""
+    """Read all headers of a tar: images' names, (n, 2) int64 offset and size, is the tar whole.
+
+    Members are read where they lie; no name is ever that of a file here.
+    """
     names, places, end = [], [], 0
     try:
-        with tarfile.open(path, "r:") as tar:
-            while member := tar.next():
+        with tarfile.open(path, "r:", tarinfo=TarInfo) as tar:
+            while (member := tar.next()) and end < tar.offset < 2**63:  # attributes may override the size
                 tar.members.clear()  # else it keeps a kilobyte of each
                 end = tar.offset
                 if member.isreg() and not member.issparse() and is_image(member.name):
-                    names.append(os.fsencode(member.name))
+                    names.append(os.fsencode(member.name).replace(b"\0", b"?"))
                     places.append((member.offset_data, member.size))
-    except tarfile.TarError:
+    except (tarfile.TarError, ValueError, ArithmeticError, LookupError, RecursionError):
         if not end:
             raise ValueError(f"{path} is no plain tar; decompress it, or copy it again") from None
     with open(path, "rb") as file:  # tarfile takes a damaged header for the end
@@ -1526,13 +1751,7 @@ def decode_image(content: bytes, least: int) -> np.ndarray:
 
     least: a JPEG whose sides are both 2, 4 or 8 times this many pixels comes at that fraction.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # odd EXIF and palettes, by the thousand
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            picture = Image.open(BytesIO(content), formats=FORMATS)
-        except UnidentifiedImageError:
-            raise ValueError("no image, or cut off in its header") from None
+    with open_picture(content) as picture:
         picture.draft(None, (least, least))
         return upright_rgb(picture)
 
@@ -1578,10 +1797,12 @@ class ImageFolder(Samples):
 
     def fetch(self, i: int) -> bytes:
         """Read image i as it is stored; a tar is opened each time: nothing to share or to pickle."""
-        tar, start, size = self.places[i].tolist() if self.tars else (0, 0, -1)
-        with open(self.tars[tar] if self.tars else self.path(i), "rb") as file:
+        if not self.tars:
+            return read_bytes(self.path(i))
+        tar, start, size = self.places[i].tolist()
+        with open(self.tars[tar], "rb") as file:
             file.seek(start)
-            return file.read(size)
+            return file.read(min(size, MOST_BYTES))
 
     def read(self, i: int, labels: bool = False) -> dict:
         image = decode_file(printable(self.path(i)), lambda path: decode_image(self.fetch(i), self.least))
@@ -1996,7 +2217,7 @@ def check(root: Path) -> bool:
     packaging, files = reader.find_files(root)
     print(f"{spec}: laid out as {packaging}")
     for path in listed:
-        ids = path.read_text().split()
+        ids = read_ids(path)
         for key, missing in missing_files(root, files, ids).items():
             note = f"  missing {missing[0]}, ..." if missing else ""
             print(f"{path.stem:8} {key:12} {len(ids) - len(missing)} of {len(ids)}{note}")
@@ -2096,6 +2317,7 @@ class Args:
 
 
 def main(args: Args) -> int:
+    check_flags(args, {"rows": (1, 1000), "image_size": (1, 2**14), "workers": (0, 1024)})
     given = args.bench or args.check or args.show
     spec = guess_spec(Path(given)) if Path(given).is_dir() else given
     unlabelled = spec.partition(":")[0] in UNLABELLED
@@ -2106,6 +2328,8 @@ def main(args: Args) -> int:
         return 0
     if args.check and not unlabelled:
         return 0 if check(Path(spec.partition(":")[2] or spec)) else 1
+    if not (args.check or is_image(args.out.name) and args.out.parent.is_dir()):
+        raise ValueError(f"--out {args.out} cannot be written; name a .png in a folder that exists")
     dataset = open_data(spec, args.split)
     if args.check:
         return 0 if check_images(dataset) else 1

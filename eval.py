@@ -1381,8 +1381,8 @@ def train_and_score(folder: Path, flags: list[str], slot: int) -> dict:
 def contest(args: "Args", device) -> None:
     """Train contestants and single-task networks over seeds, side by side; write contest.{json,md,png}."""
     names, common = args.contest or MAIN_FIVE, shlex.split(args.train_args)
-    if unknown := [name for name in names if name not in CONTESTANTS]:
-        raise ValueError(f"unknown contestant {', '.join(unknown)}; known are {', '.join(CONTESTANTS)}")
+    if unknown := [name for name in names if name not in CONTESTANTS or names.count(name) > 1]:
+        raise ValueError(f"unknown contestant {unknown[0]}, or named twice; known: {', '.join(CONTESTANTS)}")
     settings = tyro.cli(training.Args, args=common)
     stage = training.choose_recipe(settings, "recompose")
     tasks = training.choose_tasks(settings, training.open_train(settings, stage))  # renders the world
@@ -1913,12 +1913,18 @@ def read_reference(path: Path | None, tasks: Sequence[str]) -> dict[str, float]:
     if path is None:
         return {}
     try:
-        content = json.loads(path.read_text())
-        reference = {k: float(v) for k, v in content.get("headline", content).items()}
-    except (ValueError, TypeError, AttributeError) as error:
+        content = json.loads(data.read_bytes(path).decode())
+        reference = content.get("headline", content)
+        if odd := [x for x in reference.values() if type(x) not in (int, float) or not 0 < x < 1e9]:
+            raise ValueError(f"{odd[0]!r:.60}, not above 0")
+        reference = {task: float(x) for task, x in reference.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"reference {path} is not an object of task: number ({error}); write JSON "
                          'such as {"semseg": 80.25}') from error
-    delta_m(dict.fromkeys(tasks, 1.0), reference)  # complains now, not after the evaluation
+    try:
+        delta_m(dict.fromkeys(tasks, 1.0), reference)  # complains now, not after the evaluation
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return reference
 
 
@@ -2050,7 +2056,7 @@ def score_checkpoint(args: Args) -> None:
     """
     stored = prism.read_checkpoint(args.ckpt)
     source = args.data or stored.get("provenance", {}).get("data")
-    if source is None:
+    if not isinstance(source, str):
         raise ValueError(f"{args.ckpt} does not say what it was trained on; name it with --data")
     cfg, options = prism.config_from(stored["config"], args.ckpt), {}
     if source.partition(":")[0] in data.UNLABELLED:  # images of all sizes are cut to the student's
@@ -2118,10 +2124,8 @@ def main(args: Args) -> None:
     device = prism.choose_device(args.device)
     if args.image:
         return draw_photos(args, device)
-    if args.batch_size < 1:
-        raise ValueError(f"batch size {args.batch_size} is not positive; use 1 or more")
-    if args.analysis_images < 1:
-        raise ValueError(f"--analysis-images {args.analysis_images} is not positive; use 1 or more")
+    data.check_flags(args, {"batch_size": (1, 1e6), "analysis_images": (1, 1e6), "seeds": (1, 1000),
+                            "image_size": (1, 2**14)})
     if args.cost:
         return report_cost(args, device)
     if args.contest is not None:

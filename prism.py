@@ -1500,8 +1500,11 @@ def choose_device(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if gpu else "cpu"))
     except RuntimeError as error:
         raise ValueError(f"device {name!r} is not known; use cpu or cuda") from error
-    if device.type == "cuda" and not gpu:
-        raise ValueError(f"device {name}, but torch sees no GPU; use --device cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device {name!r} is not known; use cpu or cuda")
+    count = torch.cuda.device_count() if gpu else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"device {name}, but torch sees {count or 'no'} GPU; use --device cpu")
     return device
 
 
@@ -1668,6 +1671,10 @@ def print_bench(args: Args) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
+    if odd := [name for name in ("tokens", "dim", "repeats") if getattr(args, name) < 1]:
+        raise ValueError(f"--{odd[0]} {getattr(args, odd[0])} is not positive; use 1 or more")
+    for most in (args.top_k, 2 * args.top_k):  # as it is, and doubled
+        check_config(PrismConfig(dim=args.dim, heads=1, experts=args.experts, top_k=most))
     device = choose_device(args.device)
     gpu = device.type == "cuda"
     dtype = getattr(torch, args.dtype or ("bfloat16" if gpu else "float32"))

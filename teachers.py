@@ -359,7 +359,11 @@ class WeightsFile:
             self.missing |= dict.fromkeys(absent if needed else ())
             return None
         zeros = torch.zeros_like(self.file[there[0]])
-        return torch.cat([self.file.get(k, zeros) for k in keys]).float()
+        stacked = torch.cat([self.file.get(k, zeros) for k in keys])
+        weight = stacked.float()
+        if not (stacked.is_floating_point() and weight.numel() and weight.sum().isfinite()):
+            self.fail_on(f"{keys[0]} is {stacked.dtype} {tuple(stacked.shape)}, empty or not finite")
+        return weight
 
     def depth(self) -> int:
         """Count the blocks."""
@@ -398,11 +402,19 @@ def read_encoder(weights: Weights) -> tuple[Encoder, str]:
 
     Sizes come from the shapes, the rest from config.json or the family. Raises ValueError.
     """
-    file, hints = WeightsFile(weights), weights.hints
+    file = WeightsFile(weights)
+    try:
+        return build_encoder(file, weights.hints), file.layout.family
+    except (RuntimeError, TypeError, LookupError, ArithmeticError) as error:  # shapes of any other rank
+        file.fail_on(f"its shapes do not go together ({prism.one_line(error)})")
+
+
+def build_encoder(file: WeightsFile, hints: dict) -> Encoder:
+    """Make and fill the encoder of a file with its hints. Raises ValueError, or what odd shapes raise."""
     flags = file.layout.flags | {k: v for k, v in hints.items() if k != "registers"}
     if "pre_norm" in flags and "activation" not in hints:
         warnings.warn(f"{file.path} has no config.json beside it that tells CLIP's activation: "
-                      f"{flags['activation']} is assumed", stacklevel=3)
+                      f"{flags['activation']} is assumed", stacklevel=4)
     cls, pos = file.get("cls"), file.get("pos")
     registers = file.get("registers", needed=hints.get("registers", "rope" in flags))
     patch, norm, fc1, fc2 = (file.get(f"{name}.weight") for name in (
@@ -429,19 +441,22 @@ def read_encoder(weights: Weights) -> tuple[Encoder, str]:
     if not heads or dim % heads:
         file.fail_on(f"{heads or 'an unknown number of'} heads do not divide the width {dim}: a config.json "
                      "beside the file must give num_attention_heads")
-    encoder = Encoder(EncoderConfig(
+    cfg = EncoderConfig(
         dim=dim, depth=depth, heads=heads, hidden=fc2.shape[1], patch=patch.shape[-1],
         grid=(0, 0) if table is None else tuple(table.shape[2:]),
         prefix=sum(token.shape[1] for token in prefix),
-        antialias=registers is not None and table is not None, **flags))
+        antialias=registers is not None and table is not None, **flags)
+    with torch.device("meta"):  # nothing is allocated before the shapes are compared
+        expected = Encoder(cfg).state_dict()
     special = {"prefix": torch.cat(prefix, 1) if prefix else None, "pos_embed": table}
-    state = {k: special[k] if k in special else file.get(k) for k in encoder.state_dict()}
+    state = {k: special[k] if k in special else file.get(k) for k in expected}
     wrong = [f"{' + '.join(file.keys(k)) or k} is {tuple(state[k].shape)} instead of {tuple(own.shape)}"
-             for k, own in encoder.state_dict().items()
+             for k, own in expected.items()
              if state[k] is not None and state[k].shape != own.shape]
     file.fail_on(*wrong[:4], unexpected=file.unexpected())
+    encoder = Encoder(cfg)
     encoder.load_state_dict(state)
-    return encoder, file.layout.family
+    return encoder
 
 
 def split_positions(pos: Tensor, file: WeightsFile) -> tuple[Tensor | float, Tensor]:
@@ -563,7 +578,7 @@ def read_source(source: str, sha256: str | None = None) -> Weights:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     record = read_json(path.parent / "source.json")
     expected = sha256 or (record.get("sha256") if record.get("file") == path.name else None)
-    if expected and expected.lower() != digest:
+    if expected and str(expected).lower() != digest:
         raise ValueError(f"{path} has sha256 {digest} instead of {expected}; delete it and fetch it again")
     known = {s.repo: s.licence for s in SOURCES.values()}
     provenance = {"source": origin, "commit": record.get("commit"), "file": path.name,
@@ -575,17 +590,26 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read safetensors, or a pickle of plain weights. Raises ValueError."""
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # both libraries raise many kinds
-        raise ValueError(f"{path} cannot be read as weights ({prism.one_line(error)}); it is damaged or "
-                         "holds more than weights: delete it and fetch it again") from error
+        why = re.sub("\033\\[[0-9;]*m", "", prism.one_line(error))  # torch prints in bold
+        raise ValueError(f"{path} cannot be read as weights ({why}); it is damaged or holds more than "
+                         "weights: delete it and fetch it again") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+    if not isinstance(content, dict) or not all(map(is_weight, content, content.values())):
         raise ValueError(f"{path} is no table of weights by name; name a file of weights alone")
     return content
+
+
+def is_weight(name, x) -> bool:
+    """Tell a named tensor of real numbers, each of which is in the file: none that would grow when copied."""
+    return (isinstance(name, str) and isinstance(x, Tensor) and x.layout is torch.strided
+            and x.device.type == "cpu" and not (x.is_complex() or x.is_quantized or x.is_nested)
+            and x.nbytes <= x.untyped_storage().nbytes())
 
 
 def read_json(path: Path) -> dict:
@@ -593,37 +617,76 @@ def read_json(path: Path) -> dict:
     if not path.exists():
         return {}
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
+        content = json.loads(data.read_bytes(path).decode())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON ({error}); fetch it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object; fetch it again")
     return content
 
 
+def section(config: dict, key: str) -> dict:
+    """Return an object within a config, {} if it has none. Raises ValueError for anything else."""
+    if not isinstance(found := config.get(key, {}), dict):
+        raise ValueError(f"{key} that is no object")
+    return found
+
+
+def is_number(x, least: float, most: float) -> bool:
+    """Tell a number of JSON in [least, most]; true and nan are none."""
+    return type(x) in (int, float) and least <= x <= most
+
+
+def are_colours(x, least: float) -> bool:
+    return isinstance(x, list | tuple) and len(x) == 3 and all(is_number(v, least, 255) for v in x)
+
+
+HINTS = {  # what a config may say, in EncoderConfig's terms
+    "heads": lambda x: type(x) is int and 1 <= x <= 1000, "eps": lambda x: is_number(x, 1e-12, 0.1),
+    "rope": lambda x: is_number(x, 1, 1e9), "registers": lambda x: type(x) is int and 0 <= x <= 1000,
+    "activation": lambda x: x in list(ACTIVATIONS), "mean": lambda x: are_colours(x, -255),
+    "std": lambda x: are_colours(x, 1e-6),
+}
+
+
 def read_hints(folder: Path) -> dict:
-    """Collect from config.json and its like what shapes do not tell, in EncoderConfig's terms."""
-    config, preprocessor, clip = (read_json(folder / name) for name in SIDECARS)
-    vision = config.get("vision_config", config)
+    """Collect from config.json and its like what shapes do not tell, in EncoderConfig's terms.
+
+    Raises ValueError for a value that cannot be.
+    """
+    configs = [read_json(folder / name) for name in SIDECARS]
+    try:
+        hints = collect_hints(*configs)
+        for name, value in hints.items():
+            if not HINTS[name](value):
+                known = f"; known are {', '.join(ACTIVATIONS)}" if name == "activation" else ""
+                raise ValueError(f"{name} {data.printable(str(value))[:60]}{known}")
+    except ValueError as error:
+        raise ValueError(f"{folder} has a config with {prism.one_line(error)}; correct it or fetch it "
+                         "again") from error
+    return hints
+
+
+def collect_hints(config: dict, preprocessor: dict, clip: dict) -> dict:
+    """Translate the three configs, in the order of SIDECARS. Raises ValueError."""
+    vision = section(config, "vision_config") if "vision_config" in config else config
     terms = {"num_attention_heads": "heads", "layer_norm_eps": "eps", "rope_theta": "rope",
              "num_register_tokens": "registers", "hidden_act": "activation"}
     hints = {ours: vision[theirs] for theirs, ours in terms.items() if theirs in vision}
     if str(config.get("model_type")).startswith("clip"):
         hints.setdefault("activation", "quick_gelu")  # what transformers takes where a config is silent
-    timm = config.get("pretrained_cfg", {})
+    timm = section(config, "pretrained_cfg")
     if "architecture" in config:  # timm; its first configs of OpenAI's CLIP said nothing of QuickGELU
-        quick = "quickgelu" in config["architecture"] or timm.get("tag") == "openai"
+        quick = "quickgelu" in str(config["architecture"]) or timm.get("tag") == "openai"
         hints["activation"] = "quick_gelu" if quick else "gelu"
     if clip:
-        hints["activation"] = "quick_gelu" if clip.get("model_cfg", {}).get("quick_gelu") else "gelu"
-    if "activation" in hints:
-        hints["activation"] = {"gelu_pytorch_tanh": "gelu_tanh"}.get(hints["activation"], hints["activation"])
-        if hints["activation"] not in ACTIVATIONS:
-            raise ValueError(f"{folder} has a config with activation {hints['activation']}; "
-                             f"known are {', '.join(ACTIVATIONS)}")
-    for table, start in ((preprocessor, "image_"), (timm, ""), (clip.get("preprocess_cfg", {}), "")):
+        hints["activation"] = "quick_gelu" if section(clip, "model_cfg").get("quick_gelu") else "gelu"
+    if hints.get("activation") == "gelu_pytorch_tanh":
+        hints["activation"] = "gelu_tanh"
+    for table, start in ((preprocessor, "image_"), (timm, ""), (section(clip, "preprocess_cfg"), "")):
         if start + "mean" in table and start + "std" in table:
-            return hints | {k: tuple(table[start + k]) for k in ("mean", "std")}
+            colours = {k: table[start + k] for k in ("mean", "std")}
+            return hints | {k: tuple(v) if isinstance(v, list) else v for k, v in colours.items()}
     return hints
 
 
@@ -1416,15 +1479,19 @@ def main(args: Args) -> None:
         raise ValueError("--image and --sha256 need a teacher; name one, such as dinov2-b")
     if args.sha256 and len(args.names) > 1:
         raise ValueError(f"one --sha256 for {len(args.names)} teachers; name one")
+    data.check_flags(args, {"size": (1, 2**14)})
+    for source in args.names:
+        check_source(source)
     device = prism.choose_device(args.device)
     photos = {path.name: data.read_photo(path) for path in args.image}
+    if photos:
+        args.out_dir.mkdir(parents=True, exist_ok=True)
     raise_missing([source for source in args.names if source in TOYS], device)
     members = {}
     for source in args.names:
         members[source] = load_teacher(source, args.size, device, args.sha256)
         print(f"{source}: {describe(members[source].provenance)}", flush=True)
     if photos:
-        args.out_dir.mkdir(parents=True, exist_ok=True)
         draw_features(photos, members).save(args.out_dir / "features.png")
         print(f"{args.out_dir / 'features.png'}: {len(photos)} photos, {len(members)} teachers")
     if args.probe:

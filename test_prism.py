@@ -43,9 +43,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import tyro
 from PIL import Image
 from safetensors.torch import save_file
-from scipy import ndimage, optimize
+from scipy import ndimage, optimize, sparse
 from scipy.io import loadmat, savemat
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -5572,7 +5573,7 @@ def test_user_errors_are_one_line_and_leave_files_alone(folder, capsys, monkeypa
         "cannot score colour; .* semseg, human_parts": {"tasks": ("colour",)},
         r"cannot score semseg; .*\(stage 1\)": {"ckpt": folder / "deconstruct.pt", "tasks": ("semseg",)},
         "device .tpux. is not known": {"device": "tpux"},
-        "batch size 0": {"batch_size": 0},
+        "--batch-size 0 is not in 1": {"batch_size": 0},
         "analysis-images 0": {"analysis_images": 0},
         "cannot write to .*plain_file.* choose another": {"out_dir": folder / "plain_file" / "out"},
         "is not an object of task: number": {"reference": folder / "broken.json"},
@@ -5849,6 +5850,631 @@ def test_files_of_predictions_are_checked(folder, capsys, monkeypatch):
             code, _, err = run(capsys, monkeypatch, folder, **changes)
         assert code == 1 and err.count("\n") == 1 and re.search(message, err), (message, err)
     assert [path.name for path in (folder / "full").rglob("*") if path.name.startswith(".")] == []
+
+
+# ------------------------------------------------------------------------------------- untrusted input
+
+
+class Hang(BaseException):
+    """No kind of error that a reader may catch."""
+
+
+def ring(*_):
+    raise Hang("still reading after 20 s")
+
+
+def outcome(read, names: list[str], before, equal) -> str:
+    """Read a damaged file: "refused" in one line that names it (or what lists it), "unchanged",
+    "legal" where it is another value than before. Anything else is raised."""
+    signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, 20)
+    try:
+        after = read()
+    except (ValueError, OSError) as error:
+        assert any(name in str(error) for name in names), f"names no file: {error!r}"
+        assert str(error).isprintable(), f"more than one line: {error!r}"
+        return "refused"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    return "unchanged" if equal(after, before) else "legal"
+
+
+def damaged(content: bytes, rng: np.random.Generator) -> dict[str, bytes]:
+    """Break a file in every way that needs no knowledge of its format: {what was done: content}."""
+    size, at = len(content), int(rng.integers(len(content)))
+    flipped, noisy, huge = bytearray(content), bytearray(content), bytearray(content)
+    for bit in rng.integers(0, 8 * size, rng.integers(1, 5)).tolist():
+        flipped[bit // 8] ^= 1 << bit % 8
+    noisy[at : at + 16] = rng.bytes(min(16, size - at))
+    place = int(rng.integers(min(size, 200)))
+    huge[place : place + 4] = (b"\xff\xff\xff\x7f", b"\x7f\xff\xff\xff")[int(rng.integers(2))]
+    late = bytearray(content)
+    late[size // 2 + at // 2] ^= 1 << int(rng.integers(8))
+    return {"cut": content[:at], "flipped": bytes(flipped), "noisy": bytes(noisy), "huge": bytes(huge),
+            "late": bytes(late), "longer": content + rng.bytes(20), "empty": b"", "zeros": bytes(size),
+            "noise": rng.bytes(size), "foreign": FOREIGN[int(rng.integers(len(FOREIGN)))]}
+
+
+class Fuzz:
+    """Damage files one at a time, count how reading them ends, and keep what should not have happened."""
+
+    def __init__(self, seed: int):
+        self.rng, self.counts, self.bugs = np.random.default_rng(seed), {}, []
+
+    def file(self, path: Path, read, equal, cases: int = 10, crafted: dict | None = None, most: str = "legal",
+             listed: str = ""):
+        """Try `cases` general ways to break the file at `path`, all `crafted` ones, a folder and a link.
+
+        most: the worst outcome allowed, "unchanged" where a checksum covers the content.
+        """
+        whole, before = path.read_bytes(), read()
+        ways = damaged(whole, self.rng)
+        chosen = self.rng.permutation(list(ways))[:cases]
+        ways = {way: ways[way] for way in chosen} | (crafted or {}) | {"folder": None, "link": None}
+        for way, content in ways.items():
+            path.unlink(missing_ok=True)
+            if way == "folder":
+                path.mkdir()
+            elif way == "link":
+                path.symlink_to("nowhere")
+            else:
+                path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+            try:
+                ended = outcome(read, [str(path), listed or str(path)], before, equal)
+                if ended == "legal" and most != "legal":
+                    ended = "wrong without a word"
+            except (Exception, Hang) as error:
+                ended = f"{type(error).__name__}: {error}"
+            kind = path.suffix[1:]
+            if ended in ("refused", "unchanged", "legal"):
+                self.count(kind, ended)
+            else:
+                self.count(kind, "bug")
+                self.bugs.append(f"{path.name}, {way}: {ended}")
+            path.rmdir() if way == "folder" else path.unlink()
+        path.write_bytes(whole)
+
+    def count(self, kind: str, ended: str):
+        row = self.counts.setdefault(kind, dict.fromkeys(("refused", "unchanged", "legal", "bug"), 0))
+        row[ended] += 1
+
+    def report(self, family: str):
+        """Print the counts (pytest -s shows them) and fail if there was a bug."""
+        for kind, row in self.counts.items():
+            print(f"\nfuzz {family:12} .{kind:12} {sum(row.values()):4} cases: "
+                  + ", ".join(f"{count} {ended}" for ended, count in row.items()), end="")
+        assert not self.bugs, "\n".join(self.bugs)
+
+
+def bytes_of(**options) -> bytes:
+    """Encode a small picture."""
+    file = BytesIO()
+    photo(3).save(file, **options)
+    return file.getvalue()
+
+
+FOREIGN = [bytes_of(format="png"), bytes_of(format="jpeg"), bytes_of(format="eps"), bytes_of(format="ppm"),
+           bytes_of(format="tiff"), b"PK\3\4" + bytes(100), b"{}", b"\x93NUMPY\1\0" + bytes(60)]
+
+
+def legal_sample(sample: dict, classes: int) -> bool:
+    """Tell whether a sample of `read` keeps what data.py's docstring promises."""
+    shape = sample["image"].shape[:2]
+    ranges = {"semseg": (np.uint8, 0, 255), "human_parts": (np.uint8, 0, 6), "edge": (np.uint8, 0, 1),
+              "normals": (np.float32, -1.01, 1.01), "sal": (np.uint8, 0, 1), "depth": (np.float32, 0, 254),
+              "labelmap": (np.int32, 0, 65535), "image": (np.uint8, 0, 255)}
+    ids = sample["semseg"][sample["semseg"] != 255]
+    return (ids < classes).all() and all(
+        sample[key].dtype == kind and sample[key].shape[:2] == shape and sample[key].min() >= low
+        and sample[key].max() <= high for key, (kind, low, high) in ranges.items() if key in sample)
+
+
+def same_sample(after: dict, before: dict) -> bool:
+    assert legal_sample(after, 40), "values that are not legal"
+    assert after.keys() == before.keys(), "other keys"
+    return same_arrays(after, {key: value for key, value in before.items() if isinstance(value, np.ndarray)})
+
+
+def mat_element(kind: int, body: bytes) -> bytes:
+    return struct.pack("<II", kind, len(body)) + body + bytes(-len(body) % 8)
+
+
+def mat_matrix(kind: int, dims: tuple, data: bytes, name: bytes = b"") -> bytes:
+    head = mat_element(6, struct.pack("<II", kind, 0)) + mat_element(5, struct.pack(f"<{len(dims)}i", *dims))
+    return mat_element(14, head + mat_element(1, name) + data)
+
+
+def mat_file(body: bytes, packed: bool = False) -> bytes:
+    body = mat_element(15, zlib.compress(body)).rstrip(b"\0") if packed else body
+    return b"MATLAB 5.0 MAT-file".ljust(124) + struct.pack("<H", 0x0100) + b"IM" + body
+
+
+def mat_saved(**variables) -> bytes:
+    file = BytesIO()
+    savemat(file, variables)
+    return file.getvalue()
+
+
+@functools.cache
+def crafted_mats(field: str, shape: tuple[int, int]) -> dict[str, bytes]:
+    """.mat files that are made to break a reader: scipy alone takes 8 GB, hangs, or ends the process."""
+    name, cell, heads = field.encode(), np.full(shape, "x", object), []
+    inner, size = mat_matrix(9, (1, 1), mat_element(9, bytes(8))), 0
+    for level in range(20_000):
+        head = mat_matrix(1, (1, 1), b"", name if level == 19_999 else b"")[8:]
+        size += len(head)
+        heads.append(struct.pack("<II", 14, size + len(inner)) + head)
+        size += 8
+    nested = b"".join(reversed(heads)) + inner
+    wide = struct.pack("<i", 8)
+    return {
+        "cells": mat_file(mat_matrix(1, (2**15, 2**15), b"", name)),
+        "structs": mat_file(mat_matrix(2, (2**15, 2**15), mat_element(5, wide) + mat_element(1, b"a"), name)),
+        "characters": mat_file(mat_matrix(4, (2**15, 2**15), mat_element(16, b""), name)),
+        "empty cells": mat_file(mat_matrix(1, (2**20, 1), mat_element(14, b"") * 2**20, name), packed=True),
+        "cells of cells": mat_file(mat_matrix(1, (40, 1), 40 * mat_matrix(
+            1, (5000, 1), mat_element(14, b"") * 5000), name), packed=True),
+        "below zero": mat_file(mat_matrix(9, (-5, -5), mat_element(9, bytes(8)), name)),
+        "nested": mat_file(nested), "nested, packed": mat_file(nested, packed=True),
+        "cell": mat_saved(**{field: cell}), "text": mat_saved(**{field: "x" * 9}),
+        "sparse": mat_saved(**{field: sparse.csc_matrix(np.ones(shape))}),
+        "complex": mat_saved(**{field: np.ones(shape) * 1j}),
+        "infinite": mat_saved(**{field: np.full(shape, np.inf)}),
+        "fractions": mat_saved(**{field: np.full(shape, 300.5)}), "other": mat_saved(other=np.ones(shape)),
+        "version 4": struct.pack("<5i", 0, *shape, 0, 9) + b"LabelMap\0" + bytes(8 * shape[0] * shape[1]),
+        "version 7.3": b"MATLAB 7.3 MAT-file".ljust(124) + b"\0\2IM" + b"\x89HDF\r\n\x1a\n",
+    }
+
+
+def crafted_npys(shape: tuple, dtype=np.float32) -> dict[str, bytes]:
+    """.npy files that claim gigabytes, or hold something else than numbers."""
+    def save(array):
+        file = BytesIO()
+        np.save(file, array)
+        return file.getvalue()
+
+    claim = str({"descr": "<f4", "fortran_order": False, "shape": (2**20, 2**20)}).encode().ljust(117) + b"\n"
+    made = {"text": np.full(shape, "x"), "dates": np.zeros(shape, "M8[s]"), "complex": np.zeros(shape, "c8"),
+            "records": np.zeros(shape, "f4,i4"), "objects": np.full(shape, None),
+            "nan": np.full(shape, np.nan, dtype), "infinite": np.full(shape, np.inf, dtype),
+            "below zero": np.full(shape, -3.0, dtype), "large": np.full(shape, 200.0, dtype),
+            "a number": np.float32(3),
+            "flat": np.ones(np.prod(shape))}
+    zipped = BytesIO()
+    np.savez(zipped, a=np.ones(shape, dtype))
+    return {name: save(array) for name, array in made.items()} | {"zip": zipped.getvalue(),
+            "claim": b"\x93NUMPY\1\0" + struct.pack("<H", len(claim)) + claim + bytes(100)}
+
+
+@functools.cache
+def crafted_pictures() -> dict[str, bytes]:
+    """Pictures of every format that claim many pixels, or hold floats and 16 bits where 8 are read."""
+    def claim(kind: str, form: str, *places: int | bytes) -> bytes:
+        content = bytearray(bytes_of(format=kind))
+        for place in places:
+            at = place if isinstance(place, int) else content.index(place) + len(place)
+            content[at : at + struct.calcsize(form)] = struct.pack(form, *[60_000] * form.count("H"))
+        return bytes(content)
+
+    floats, deep = BytesIO(), BytesIO()
+    Image.fromarray(np.full((37, 51), np.nan, np.float32)).save(floats, "tiff")
+    Image.fromarray(np.full((37, 51), 40_000, np.uint16)).save(deep, "png")
+    return {"floats": floats.getvalue(), "16 bits": deep.getvalue(), "png": png_header(40_000, 40_000),
+            "large png": png_header(10_000, 10_000), "jpeg": claim("jpeg", ">HH", b"\xff\xc0\0\x11\x08"),
+            "gif": claim("gif", "<HH", 6), "bmp": claim("bmp", "<HxxHxx", 18),
+            "tiff": claim("tiff", "<H", b"\0\1\4\0\1\0\0\0", b"\1\1\4\0\1\0\0\0")}
+
+
+def crafted_for(path: Path, field: str, shape: tuple) -> dict[str, bytes]:
+    """Files made to break the reader of this ending."""
+    return {".mat": crafted_mats, ".npy": crafted_npys}.get(path.suffix, crafted_pictures)(
+        *{".mat": (field, shape), ".npy": (shape,)}.get(path.suffix, ()))
+
+
+def test_damaged_labels(pascal, small_world, tmp_path):
+    """A damaged label or photo that hangs, exhausts memory, ends the process, raises what no command line
+    catches, or is trained on though PNGs and packed .mat files have checksums."""
+    fuzz, name = Fuzz(0), "2008_000002"
+    shutil.copy(pascal / f"semseg/pascal-context/{name}.png", pascal / "semseg/VOC12")
+    for path in sorted(pascal.rglob(f"{name}.*")):
+        read = functools.partial(data.PascalContext(pascal, "val", decoded=False).read, 0)
+        if path.parent.name != "pascal-context":  # VOC12 has one
+            field = "anno" if path.parent.name == "human_parts" else "LabelMap"
+            fuzz.file(path, read, same_sample, 7, crafted_for(path, field, (37, 51)),
+                      most="unchanged" if path.suffix == ".png" else "legal")
+        if path.suffix == ".mat":
+            content = loadmat(path)
+            savemat(path, {key: content[key] for key in content if key[0] != "_"}, do_compression=True)
+            fuzz.file(path, read, same_sample, 7, most="unchanged")
+    savemat(pascal / f"pascal-context/trainval/{name}.mat", {"LabelMap": np.full((37, 51), 0.5)})
+    with pytest.raises(ValueError, match=f"{name}.mat holds fractions, not ids"):
+        data.PascalContext(pascal, "val", decoded=False).read(0)
+    for packaging in data.PACKAGINGS:
+        nyud_folder(tmp_path / "nyud", data.PACKAGINGS[packaging])
+        read = functools.partial(data.NYUDv2(tmp_path / "nyud", "val").read, 0)
+        for key, ending in zip(data.NYUD_FOLDERS.values(), data.PACKAGINGS[packaging].split(), strict=True):
+            if ending != "jpg" and (packaging != data.NYUDv2.packaging or ending == "npy"):
+                shape = (37, 52, 3) if key == "normals" else (37, 52)
+                path = tmp_path / f"nyud/{key}/0001.{ending}"
+                fuzz.file(path, read, same_sample, 4, crafted_for(path, key, shape),
+                          most="unchanged" if ending == "png" else "legal")
+        shutil.rmtree(tmp_path / "nyud")
+    world = data.World(shutil.copytree(small_world, tmp_path / "w"), "val", cache=False)
+    read = functools.partial(world.read, 0)
+    fuzz.file(tmp_path / "w/depth/val_000000.npy", read, same_sample, 4, crafted_npys((32, 32)))
+    fuzz.report("labels")
+
+
+def test_one_wrong_bit_of_a_label_is_seen(tmp_path):
+    """Pixels changed without a word: Pillow passes over PNGs' checksums: one bit in seven came through."""
+    rng, path, counts = np.random.default_rng(6), tmp_path / "x.png", {"refused": 0, "let through": 0}
+    labels, colours = np.asarray(photo(0, (200, 150)))[..., 0] // 16, np.asarray(photo(0, (200, 150)))
+    for array, level in ((labels, 1), (labels, 6), (colours, 1)):
+        Image.fromarray(array).save(path, compress_level=level)
+        whole = path.read_bytes()
+        for bit in rng.integers(8 * 8, 8 * (len(whole) - 12), 60).tolist():  # up to the last chunk
+            flipped = bytearray(whole)
+            flipped[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(flipped)
+            read = functools.partial(data.load_label, path, array.shape, 255)
+            ended = outcome(read, [str(path)], array, lambda after, before: (after == before).all())
+            counts["refused" if ended == "refused" else "let through"] += 1
+    print(f"\nfuzz one bit of a .png: {counts}", end="")
+    assert counts == {"refused": 180, "let through": 0}
+
+
+def test_damaged_lists(pascal, small_world, tmp_path):
+    """A list of the wrong kind that ends in a KeyError, ids that lead out of the folder (predictions and kept
+    labels are written under them), captions that take the place of labels."""
+    fuzz, world = Fuzz(1), shutil.copytree(small_world, tmp_path / "w")
+    nested = b"[" * 100_000 + b"]" * 100_000
+    odd = {"nested": nested, "list": [1], "number": 3, "text": "x", "none": None, "big": b"9" * 5000,
+           "nan": b"NaN", "latin": "caf\u00e9".encode("latin-1"), "empty table": {}}
+    values = ([1], {"a": 1}, "x", None, -2, 2**70, math.nan, True)
+
+    def tables(path: Path) -> dict:
+        known = json.loads(path.read_text())
+        return odd | {f"value {v!r}"[:20]: dict.fromkeys(known, v) for v in values} | {
+            f"inner {v!r}"[:20]: {name: [v] for name in known} for v in values[1:]}
+
+    def read_all(spec: str) -> list[dict]:
+        dataset = data.open_data(spec, "val")
+        return [dataset.read(i) for i in range(len(dataset))]
+
+    def same(after: list, before: list) -> bool:
+        assert len(after) > 0 and all(legal_sample(sample, 40) for sample in after)
+        return pickle.dumps(after) == pickle.dumps(before)
+
+    for root, spec in ((pascal, f"pascal:{pascal}"), (world, f"world:{world}")):
+        read = functools.partial(read_all, spec)
+        for path in sorted(root.rglob("*.json")) + sorted(root.rglob("ImageSets/*/val.txt")):
+            if path.name != "pascal_part.json":
+                crafted = tables(path) if path.parent.name != "Context" else {
+                    f"id {x!r}": x.encode() for x in ("../../x", "/etc/passwd", "..", "a\0b", "a\033[2Jb")}
+                fuzz.file(path, read, same, 7, crafted, listed=str(root))  # or the file that an id leads to
+    for name in ("./2008_000002", "x/../2008_000002", "../../x", ".."):  # the first would be found
+        (pascal / "ImageSets/Context/val.txt").write_text(f"2008_000003\n{name}\n")
+        with pytest.raises(ValueError, match="val.txt lists .* no plain name of a file"):
+            read_all(f"pascal:{pascal}")
+    (world / "meta.json").write_text("[1]")
+    with pytest.raises(ValueError, match="holds other files than this world"):
+        data.render_world(world)
+    fuzz.report("lists")
+
+
+def damaged_tars(whole: bytes) -> dict[str, bytes]:
+    """Tars made to break tarfile, or to write where they should not."""
+    def header(size: int | bytes = 0, kind: bytes = b"0", name: str = "a.png", link: str = "") -> bytes:
+        entry = tarfile.TarInfo(name)
+        entry.type, entry.linkname = kind, link
+        block = bytearray(entry.tobuf(tarfile.USTAR_FORMAT))
+        block[124:136] = size if isinstance(size, bytes) else b"%011o\0" % size
+        block[148:156] = b"%06o\0 " % (sum(block[:148]) + 256 + sum(block[156:]))
+        return bytes(block)
+
+    def attributes(text: bytes) -> bytes:
+        length = next(n for n in range(len(text), len(text) + 9) if len(b"%d " % n + text) + 1 == n)
+        line = b"%d " % length + text + b"\n"
+        return header(length, b"x") + line + bytes(-length % 512)
+
+    minus = [(-n).to_bytes(12, "big", signed=True) for n in (512, 1024)]
+    image, end = whole.rstrip(b"\0"), bytes(1024)
+    image += bytes(-len(image) % 512)
+    return {
+        "size below zero": image + header(minus[0]) + end, "two back": image + header(minus[1]) + end,
+        "negative at once": header(minus[0]) + end, "negative name": header(minus[0], b"L") + end,
+        "huge size": image + header(b"\x80" + b"\x7f" * 11) + end, "8 GiB": image + header(2**33 - 1) + end,
+        "huge name": header(2**33 - 1, b"L") + end, "huge attributes": header(2**33 - 1, b"x") + end,
+        "attributes below zero": image + attributes(b"size=-1024") + header(0) + end,
+        "attributes huge": image + attributes(b"size=99999999999999999999") + header(0) + end,
+        "zero in a name": attributes(b"path=a\0b.png") + image + end,
+        "escape in a name": image + attributes(b"path=a\033[2J\n.png") + header(9) + b"no".ljust(512) + end,
+        "digits": header(2**13 - 1, b"x") + b"1" * 2**13 + image + end,
+        "names of names": header(3, b"L") * 3000 + end,
+        "sparse": image + header(0, b"S") + b"\xff" * 512 + end,
+        "links": image + b"".join(header(0, kind, "l.png", "/etc/passwd") for kind in (b"1", b"2")) + end,
+        "devices": image + b"".join(header(0, b"%d" % kind, "d.png") for kind in range(3, 8)) + end,
+        "outside": header(0, name="../../evil.png") + header(0, name="/etc/evil.png") + end,
+        "twice": image + image + end, "packed": zlib.compress(whole), "gzip": b"\x1f\x8b\x08" + whole,
+    }
+
+
+def test_damaged_images(photos, tmp_path):
+    """A photo or a tar that hangs (tarfile does, on sizes below zero), that is unpacked by its members'
+    names, or of which the second reading, by the index, differs from the first."""
+    fuzz = Fuzz(2)
+    photo(9).save(photos / "a/animated.gif", save_all=True, append_images=[photo(8)])
+
+    def same(after, before) -> bool:
+        assert after.dtype == np.uint8 and after.ndim == 3 and after.shape[2] == 3
+        return after.shape == before.shape and (after == before).all()
+
+    for path in [*sorted(photos.rglob("*.*"))[:5], photos / "a/animated.gif"]:
+        (tmp_path / "one").mkdir(exist_ok=True)
+        one = Path(shutil.copy(path, tmp_path / "one"))
+        dataset = data.ImageFolder(tmp_path / "one", size=16) if path.suffix != ".gif" else None
+        if dataset:
+            fuzz.file(one, lambda d=dataset: d.read(0)["image"], same, 5, crafted_pictures())
+        fuzz.file(one, lambda p=one: data.read_photo(p), same, 5, crafted_pictures())
+        one.unlink()
+
+    def read_tar() -> list:
+        def images(dataset):
+            kept = []
+            for i in range(len(dataset)):
+                try:
+                    kept.append((dataset.ids[i], dataset.read(i)["image"].tobytes()))
+                except ValueError as error:
+                    assert str(tar) in str(error) and str(error).isprintable()
+            return kept
+
+        first, second = (images(data.ImageFolder(tar, size=16)) for _ in "12")
+        assert first == second, "the index tells otherwise"
+        return first
+
+    def same_images(after: list, before: list) -> bool:
+        assert {image for _, image in after} <= {image for _, image in before}
+        return after == before
+
+    tar = pack(tmp_path / "t.tar", [pair for pair in stored(photos) if pair[0].endswith("png")])
+    files = set(tmp_path.rglob("*"))
+    fuzz.file(tar, read_tar, same_images, 10, damaged_tars(tar.read_bytes()))
+    made = {path for path in tmp_path.rglob("*") if "cache" not in path.parts}
+    assert made <= files and not Path("/etc/evil.png").exists()
+    fuzz.report("images")
+
+
+def test_damaged_predictions(tmp_path):
+    """A prediction or reference that hangs, ends in a traceback, or is scored with values that cannot be."""
+    fuzz, tasks = Fuzz(3), list(PLAINEST.tasks)
+    scoring.evaluate(Oracle(), Scenes(), "cpu", 2, tasks, save=tmp_path)
+    np.save(tmp_path / "depth/9.npy", depth := np.load(tmp_path / "depth/1.npy"))
+    savemat(tmp_path / "depth/1.mat", {"depth": depth}, do_compression=True)
+
+    def same(after, before) -> bool:
+        assert after.shape == before.shape and np.isfinite(after).all()
+        return (after == before).all()
+
+    for task in tasks:
+        shape = (29, 30, 3) if task == "normals" else (29, 30)
+        for path in sorted((tmp_path / task).glob("1.*")):
+            read = functools.partial(scoring.read_map, task, path, (29, 30), PLAINEST.tasks[task])
+            crafted = crafted_for(path, "depth", shape)
+            crafted = {way: content for way, content in crafted.items() if way != "fractions"}  # of metres
+            fuzz.file(path, read, same, 4, crafted, most="legal" if path.suffix == ".npy" else "unchanged")
+    path = tmp_path / "reference.json"
+    path.write_text('{"semseg": 50.0, "depth": 2.0}')
+    odd = (math.nan, math.inf, -math.inf, 0, -1, True, "50", None, [], {}, 10**400)
+    crafted = {f"value {v!r}"[:20]: {"semseg": v, "depth": 2.0} for v in odd} | {
+        "nested": b"[" * 100_000 + b"]" * 100_000, "headline 3": {"headline": 3}, "list": [1],
+        "empty table": {}, "number": 3, "latin": "caf\u00e9".encode("latin-1"),
+        "headline": {"headline": {"semseg": "x"}}}
+    fuzz.file(path, lambda: scoring.read_reference(path, tasks), lambda a, b: a == b, 10, crafted)
+    fuzz.report("predictions")
+
+
+def last_features(folder: Path) -> torch.Tensor:
+    """Load a teacher and let it look."""
+    return teachers.load_teacher(str(folder)).features(formula(1, 1, 3, 16, 16))[3]
+
+
+def same_features(after: torch.Tensor, before: torch.Tensor) -> bool:
+    assert after.shape[:2] == before.shape[:2] and after.isfinite().all()
+    return torch.equal(after, before)
+
+
+def test_damaged_weights(tmp_path):
+    """A weights file that ends in a traceback, teaches numbers that are none, or has the memory of a thousand
+    of its size taken before its sizes are compared."""
+    fuzz, state = Fuzz(4), tiny_file("dinov2")
+    folder = Path(tiny_folder(tmp_path / "t", "dinov2"))
+    read = functools.partial(last_features, folder)
+
+    def changed(save, **changes) -> bytes:
+        known = {"fc1": "encoder.layer.0.mlp.fc1.weight", "norm": "encoder.layer.0.norm1.weight", "patch":
+                 "embeddings.patch_embeddings.projection.weight", "fc2": "encoder.layer.0.mlp.fc2.weight",
+                 "cls": "embeddings.cls_token", "pos": "embeddings.position_embeddings"}
+        file = tmp_path / "changed"
+        save(state | {known[key]: value for key, value in changes.items()}, file)
+        return file.read_bytes()
+
+    ways = {f"{key} {shape}": {key: torch.ones(shape)} for key in "fc1 norm patch fc2 cls pos".split()
+            for shape in ((), (3,), (0, 4), (2, 3, 4, 5, 6))}
+    ways |= {"nan": {"fc1": state["encoder.layer.0.mlp.fc1.weight"] * math.nan}, "wide": {
+        "norm": torch.ones(2**20), "fc2": torch.ones(1, 2**20)}, "ids": {"norm": torch.ones(16).long()},
+        "complex": {"norm": torch.ones(16) * 1j}}
+    crafted = {way: changed(save_file, **given) for way, given in ways.items()} | {
+        "a pickle": changed(torch.save), "huge header": struct.pack("<Q", 2**40) + b"{" * 50,
+        "header below zero": struct.pack("<q", -1) + b"{" * 50}
+    path = folder / "model.safetensors"
+    fuzz.file(path, read, same_features, 10, crafted, listed=str(folder))
+    for way in ("nan", "ids", "cls (0, 4)", "wide"):
+        path.write_bytes(crafted[way])
+        with pytest.raises(ValueError, match="instead of" if way == "wide" else "empty or not finite"):
+            read()
+    path.unlink()
+    path = folder / "pytorch_model.bin"
+    torch.save(state, path)
+    spread = torch.ones(1).expand(2**20, 2**20)
+    ways |= {"spread": {"fc1": spread}, "sparse": {"fc1": torch.ones(32, 16).to_sparse()},
+             "meta": {"fc1": torch.ones(32, 16, device="meta")}}
+    crafted = {way: changed(torch.save, **given) for way, given in ways.items()}
+    for way, content in ("numbers", {1: torch.ones(1)}), ("list", [1]), ("code", pytest.fail), ("none", None):
+        torch.save(content, tmp_path / "changed")
+        crafted[way] = (tmp_path / "changed").read_bytes()
+    fuzz.file(path, read, same_features, 10, crafted, listed=str(folder))
+    for way in ("spread", "sparse", "complex", "numbers"):
+        path.write_bytes(crafted[way])
+        with pytest.raises(ValueError, match="is no table of weights by name"):
+            read()
+    fuzz.report("weights")
+
+
+def test_damaged_configs(tmp_path):
+    """A config that ends in a traceback, or makes a teacher see colours that are no numbers."""
+    fuzz, side = Fuzz(7), [0.4] * 3
+    folder = Path(tiny_folder(tmp_path / "t", "dinov2", {"num_attention_heads": 2, "layer_norm_eps": 1e-6}))
+    read = functools.partial(last_features, folder)
+    odd = (math.nan, math.inf, 0, -1, 2**70, True, "x", None, [], {}, [1, 2], 0.5)
+    keys = ("num_attention_heads", "layer_norm_eps", "rope_theta", "num_register_tokens", "hidden_act",
+            "vision_config", "pretrained_cfg", "architecture", "model_type")
+    config = {f"{key} {v!r}"[:40]: {"num_attention_heads": 2, key: v} for key in keys for v in odd}
+    config |= {f"mean {v!r}": {"pretrained_cfg": {"mean": v, "std": side}} for v in (
+        3, "abc", [1], [math.nan] * 3, ["a"] * 3, None, {"a": 1})}
+    config |= {"std 0": {"num_attention_heads": 2, "pretrained_cfg": {"mean": side, "std": [0] * 3}},
+               "nested": b"[" * 100_000 + b"]" * 100_000, "list": [1], "latin": "caf\u00e9".encode("latin-1")}
+    fuzz.file(folder / "config.json", read, same_features, 10, config, listed=str(folder))
+    for name in ("preprocessor_config.json", "open_clip_config.json", "source.json"):
+        (folder / name).write_text("{}")
+        fuzz.file(folder / name, read, same_features, 3, {
+            f"{key} {v!r}"[:40]: {key: v, "image_std": side, "file": "model.safetensors"} for v in odd[4:]
+            for key in ("image_mean", "model_cfg", "preprocess_cfg", "sha256", "commit")}, listed=str(folder))
+    fuzz.report("configs")
+
+
+def test_bombs(tmp_path):
+    """A small file that takes gigabytes before it is refused: pictures, .mat and .npy files, tars."""
+    def peak() -> int:
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+    def refuse(name: str, content: bytes, read):
+        path = tmp_path / name
+        path.write_bytes(content)
+        assert len(content) < 2**20
+        measured = os.access("/proc/self/clear_refs", os.W_OK)
+        if measured:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        start, before = time.process_time(), peak() if measured else 0
+        assert outcome(functools.partial(read, path), [str(path)], None, lambda *_: False) == "refused", name
+        assert time.process_time() - start < 3, name
+        assert not measured or peak() - before < 0.7 * 2**30, name
+
+    body = mat_matrix(9, (1, 2**28), mat_element(2, bytes(2**28)), b"LabelMap")
+    made = crafted_mats("LabelMap", (9, 9)) | crafted_npys((9, 9)) | {"packed": mat_file(body, packed=True)}
+    for way in ("packed", "cells", "empty cells", "structs", "characters", "nested", "claim"):
+        refuse(f"{way}.{'npy' if way == 'claim' else 'mat'}", made[way],
+               lambda path: data.load_label(path, (9, 9), 1, field="LabelMap"))
+    (tmp_path / "x.mat").write_bytes(made["cells of cells"])
+    with pytest.raises(ValueError, match="more than 100000 arrays"):
+        data.load_label(tmp_path / "x.mat", (9, 9), 1, field="LabelMap")
+    bombs = {way: content for way, content in crafted_pictures().items() if way not in ("floats", "16 bits")}
+    for way, content in bombs.items():
+        refuse(f"{way}.png", content, data.read_photo)
+        with pytest.raises(ValueError, match="pixels. exceeds limit"):  # not: too few bytes
+            data.read_photo(tmp_path / f"{way}.png")
+        refuse(f"{way}.png", content, lambda path: data.load_label(path, (9, 9), 1))
+        tar = pack(tmp_path / "t.tar", [(f"{way}.png", content)])
+        refuse("t.tar", tar.read_bytes(), lambda path: data.ImageFolder(path, size=16).read(0))
+    for other in ("eps", "ppm"):  # an EPS would start a program
+        refuse("other.png", bytes_of(format=other), data.read_photo)
+    os.truncate(tmp_path / "other.png", 2**29 + 1)  # a hole
+    with pytest.raises(ValueError, match="other.png cannot be decoded .536870913 bytes, at most 536870912"):
+        data.read_photo(tmp_path / "other.png")
+    fifo = tmp_path / "pipe.png"
+    os.mkfifo(fifo)
+    for read in (lambda: data.load_label(fifo, (9, 9), 1), lambda: data.ImageFolder(tmp_path, size=16).read(
+            data.ImageFolder(tmp_path).ids.index("pipe.png"))):
+        assert outcome(read, [str(fifo)], None, lambda *_: False) == "refused"
+
+
+WRONG = {  # script -> flags, each of which is refused before anything is rendered, raised, fetched or trained
+    "train": """--steps 0|--steps -1|--steps nan|--steps 1e3|--epochs 0|--epochs -1|--epochs nan
+        |--epochs inf|--epochs 1 --steps 1|--batch-size 0|--batch-size -6|--batch-size 2|--image-size 0
+        |--image-size -8|--image-size 50|--image-size 8 8 8|--image-size 1e9|--lr nan|--lr -1|--lr inf
+        |--weight-decay nan|--weight-decay -1|--distill-weight nan|--distill-weight -1|--log-every 0
+        |--log-every -1|--save-every 0|--save-every -5|--workers -1|--seed -1
+        |--seed 99999999999999999999|--accumulate 0|--accumulate -1|--accumulate 7|--experts 0
+        |--experts -1|--experts 256|--top-k 99|--top-k 0|--expert-ratio 0|--expert-ratio nan
+        |--expert-ratio inf|--expert-ratio -1|--gate-start nan|--gate-start 0|--gate-start 1
+        |--decorr-levels -1|--decorr-levels 99|--sam-size 0|--sam-size -16|--bench 0|--bench -1
+        |--bench 2 --accumulate 2|--tasks x|--tasks semseg semseg|--teachers|--teachers x|--teachers =
+        |--teachers toy-dino toy-dino|--without x|--without film --student sak|--data|--data x|--data :
+        |--data world:{nowhere}|--data pascal|--data pascal:{nowhere}|--data nyud:{file}
+        |--data images:{nowhere}|--data images:{nowhere} --stage deconstruct
+        |--data tars:{nowhere}.tar --stage deconstruct
+        |--data tars:{nowhere}{0..3}.tar --stage deconstruct|--out-dir {file}|--out-dir /proc/x
+        |--device tpu|--device meta|--device mps|--device cuda:99|--device cpu:-1|--init {nowhere}.pt
+        |--init {folder}.pt|--init x|--resume --init {nowhere}|--stage recompose|--stage x|--no-distill
+        |--shard|--size x|--student x|--no-distill --stage recompose --init {nowhere}.pt|--no-such-flag
+        |--debug x""",
+    "eval": """--ckpt {folder}|--ckpt {nowhere}|--ckpt {file}|--batch-size 0|--batch-size -1
+        |--batch-size x|--analysis-images 0|--device meta|--device tpu|--cost --size toy --image-size 0
+        |--cost --size toy --image-size 8 8 8|--cost --size toy --image-size -8
+        |--cost --size toy --image-size 9|--cost --size x|--contest x|--contest prism prism
+        |--contest --seeds 0|--contest --seeds -1|--contest --train-args=--steps
+        |--contest --train-args="|--contest --train-args=--nonsense|--image {nowhere}|--image {file}
+        |--image {folder}|--image {folder} --predictions {folder}|--predictions {nowhere}
+        |--predictions {nowhere} --data nyud:{nowhere}|--predictions {folder} --data x
+        |--reference {nowhere}|--protocol x|--split x|--seeds x""",
+    "data": """--show {nowhere}|--show x:|--show {folder}|--show {file}|--show world --split x
+        |--split nothing|--check {nowhere}|--check {folder}|--check x|--check pascal:{nowhere}
+        |--check world|--bench world|--bench images:{nowhere}|--bench {photos} --image-size 0
+        |--bench {photos} --image-size -5|--bench {photos} --workers -1|--rows 0|--rows -1|--rows x
+        |--rows 99999999|--out {folder}|--out {nowhere}/x.png|--out {file}""",
+    "teachers": """x|{nowhere}|{folder}|{file}|random:x|random:|random:dinov2-s --size 0
+        |random:dinov2-s --size -14|toy-dino --size 0|toy-dino x|--image {nowhere}|--sha256 x
+        |dinov2-b dinov2-s --sha256 x|random:dinov2-s --image {nowhere}|random:dinov2-s --image {folder}
+        |random:dinov2-s --device meta|random:dinov2-s --image {photos}/00.png --out-dir {file}|a/b@
+        |--probe --device tpu|--size x""",
+    "prism": """--bench --tokens 0|--bench --tokens -1|--bench --dim 0|--bench --dim 3|--bench --dim -4
+        |--bench --experts 0|--bench --experts 4|--bench --top-k 99|--bench --top-k 0
+        |--bench --repeats 0|--bench --device tpu|--bench --device meta|--bench --dtype x""",
+}
+
+
+def test_wrong_command_lines(photos, tmp_path, monkeypatch, capsys):
+    """A traceback, two lines, or minutes of work before a wrong value is seen: a step 0 of 0, a seed below
+    zero, a batch of nothing, a learning rate that is no number."""
+    def start(*_, **__):
+        raise Hang("long work has begun")
+
+    for module, name in ((data, "write_world"), (teachers, "Teachers"), (teachers, "fetch_repo"), (scoring,
+                         "train_and_score"), (train, "fit"), (prism, "time_interleaved")):
+        monkeypatch.setattr(module, name, start)
+    monkeypatch.setattr(teachers, "raise_missing", lambda names, device: names and start())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir(), (tmp_path / "file").write_text("x")
+    places = {name: str(tmp_path / name) for name in ("nowhere", "folder", "file", "photos")}
+    rng, counts = np.random.default_rng(5), {"one line": 0, "usage": 0}
+    for script, text in WRONG.items():
+        module = {"train": train, "eval": scoring, "data": data, "teachers": teachers, "prism": prism}[script]
+        wrong = [re.sub(r"\{([a-z]+)\}", lambda m: places[m[1]], x).split() for x in re.split(r"\s*\|", text)]
+        pairs = [wrong[a] + wrong[b] for a, b in rng.integers(0, len(wrong), (len(wrong) // 5, 2))]
+        for flags in wrong + pairs:
+            run = module.train if script == "train" else module.main
+            begin = time.process_time()
+            with pytest.raises(SystemExit) as stop:
+                args = tyro.cli(module.Args, args=flags)
+                prism.exit_with_one_line(functools.partial(run, args), args.debug)
+            says, more = (script, *flags, stop.value.code), capsys.readouterr().err
+            assert time.process_time() - begin < 3, says
+            if stop.value.code != 2:  # 2: tyro has told the usage
+                line = str(stop.value.code) + more
+                assert line.isprintable() and re.match(r"\w+Error: .{10}", line), says
+            counts["usage" if stop.value.code == 2 else "one line"] += 1
+    made = {path.name for path in tmp_path.rglob("*")} - {path.name for path in photos.rglob("*")}
+    assert made <= {"folder", "file", "photos", "out"}, made
+    print(f"\nfuzz command lines: {counts}", end="")
 
 
 # -------------------------------------------------------------------------------- beside transformers

@@ -219,8 +219,18 @@ def first_rank_first(rt: Runtime, make):
     return result if rt.rank == 0 else make()
 
 
+LIMITS = {  # of numbers on the command line: least, most
+    "experts": (1, 255), "top_k": (1, 255), "expert_ratio": (0.1, 100), "decorr_levels": (0, 4),
+    "sam_size": (1, 2**14), "image_size": (1, 2**14), "steps": (1, 1e9), "epochs": (1e-6, 1e6),
+    "batch_size": (1, 1e6), "accumulate": (1, 1e6), "lr": (0, 100), "weight_decay": (0, 100),
+    "distill_weight": (0, 1e6), "seed": (0, 2**63 - 1), "workers": (0, 1024), "log_every": (1, 1e9),
+    "save_every": (1, 1e9),
+}
+
+
 def check_args(args: Args) -> None:
     """Raise ValueError or OSError for what can be seen before anything is rendered or built."""
+    data.check_flags(args, LIMITS)
     patch, processes = prism.SIZES[args.size].patch, int(os.environ.get("WORLD_SIZE", 1))
     if args.steps is not None and args.epochs is not None:
         raise ValueError(f"--steps {args.steps} and --epochs {args.epochs:g}; give one of them")
@@ -232,8 +242,10 @@ def check_args(args: Args) -> None:
     if args.student in ("prism", "moe") and args.every_teacher:
         raise ValueError(f"--every-teacher True with {args.student}: its experts are chosen for one teacher "
                          "per image; use sak, dense or wide")
-    if unknown := [task for task in args.tasks if task not in data.TASKS]:
-        raise ValueError(f"unknown task {', '.join(unknown)}; known are {', '.join(data.TASKS)}")
+    if odd := [task for task in args.tasks if task not in data.TASKS or args.tasks.count(task) > 1]:
+        raise ValueError(f"task {odd[0]} is unknown or named twice; known are {', '.join(data.TASKS)}")
+    data.check_place(args.data)
+    check_init(args)
     for name in stage_names(args.stage):
         stage = choose_recipe(args, name)
         for side in stage.image_size:
@@ -264,6 +276,18 @@ def check_args(args: Args) -> None:
     except OSError as error:
         why = error.strerror
         raise OSError(f"cannot write to {args.out_dir}: {why}; choose another --out-dir") from error
+
+
+def check_init(args: Args) -> None:
+    """Raise FileNotFoundError or ValueError where the first stage's initial weights are not there."""
+    source = args.init
+    if source is None and args.stage == "recompose" and args.distill:
+        source = str(args.out_dir / ON_IMAGES.checkpoint)
+    if source and source.endswith(".pt") and not Path(source).is_file():
+        raise FileNotFoundError(f"checkpoint {source} does not exist; name one with --init, or make it with "
+                                "--stage deconstruct")
+    if source and not source.endswith(".pt"):
+        teachers.check_source(source)
 
 
 def stage_names(stage: str) -> list[str]:
