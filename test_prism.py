@@ -8,6 +8,7 @@ test would catch.
 import colorsys
 import fcntl
 import functools
+import gc
 import hashlib
 import itertools
 import json
@@ -2060,6 +2061,23 @@ def test_small_files_that_claim_much(tmp_path):
             file.writestr(part, stored.read(part))
     with pytest.raises(ValueError, match="its parts claim more bytes than it has"):
         prism.load(path)
+
+
+def test_memory_and_handles_stay_flat(small_world, tmp_path, tiny, monkeypatch):
+    """Catches what every step leaves behind: an open file, a graph that is kept, a list that grows."""
+    seen, flush = [], train.Log.flush
+
+    def looking(self, *args):
+        flush(self, *args)
+        gc.collect()
+        kinds = Counter(type(thing).__name__ for thing in gc.get_objects())
+        seen.append(kinds | Counter({"open files": len(os.listdir("/proc/self/fd"))}))
+
+    monkeypatch.setattr(train.Log, "flush", looking)
+    tiny_run(small_world, tmp_path, stage="deconstruct", steps=60, log_every=10, save_every=20)
+    grown = seen[-1] - seen[2]
+    assert grown.pop("ProgressSample") == 30  # of rich, which keeps the last 1,000
+    assert grown.total() < 15, grown  # 30 steps
 
 
 def test_two_runs_in_one_folder(small_world, tmp_path):
