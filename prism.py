@@ -1085,7 +1085,7 @@ def digest(state: dict[str, Tensor], facts: dict[str, str]) -> str:
 def read_export(path: Path) -> dict:
     """Read what `write_export` wrote. Raises ValueError."""
     with safe_open(path, "pt") as file:
-        facts, state = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+        facts, state = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}
     if facts.get("format") != "prism":
         raise ValueError("its metadata names no student")
     if facts.get("sha256") != digest(state, facts):
@@ -1381,15 +1381,14 @@ def load(path: str | Path, device: str = "cpu", grid: tuple[int, int] | None = N
         if str(file) != str(path):
             file.unlink()  # so that it is fetched again
         raise
-    cfg = config_from(content["config"], file)
-    state = content["model"]
+    cfg, state = config_from(content["config"], file), content["model"]
     if cfg.depth > len(state):
         raise ValueError(f"checkpoint {file} claims {cfg.depth} blocks, and has {len(state)} tensors; name "
                          "another")
     with torch.device("meta"):  # before a false config takes memory
         check_fit(build(cfg).state_dict(), state, file)
     model = build(cfg)
-    load_strict(model, state, file)
+    model.load_state_dict(state)
     if grid is not None and tuple(grid) != cfg.grid:
         model.pos_embed = nn.Parameter(resize_pos(model.pos_embed.data, cfg.grid, tuple(grid)))
         model.cfg = replace(cfg, grid=tuple(grid))
@@ -1406,11 +1405,23 @@ def local_copy(path: str | Path) -> Path:
     if not file.exists():
         cache.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(url, str(file), progress=sys.stderr.isatty())
+            write_file(file, lambda temporary: fetch(url, temporary))
         except OSError as error:
-            raise OSError(f"cannot fetch {url} ({one_line(error)}); see that it exists and that the network "
-                          f"is up, or put the file at {file}") from error
+            raise OSError(f"cannot fetch {url} ({one_line(error.__cause__ or error)}); see that it exists "
+                          f"and the network is up, or put the file at {file}") from error
     return file
+
+
+def fetch(url: str, path: Path) -> None:
+    """Fetch a URL into a file under a progress bar. Raises OSError."""
+    import requests
+    from rich.progress import track
+
+    with requests.get(url, stream=True, timeout=60) as response, open(path, "wb") as file:
+        response.raise_for_status()
+        mib = int(response.headers.get("Content-Length", 0)) / 2**20
+        for chunk in track(response.iter_content(2**20), f"fetching {url}", total=mib or None):
+            file.write(chunk)
 
 
 def load_strict(model: nn.Module, state: dict[str, Tensor], path: str | Path, new: tuple[str, ...] = (),

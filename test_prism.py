@@ -2166,6 +2166,7 @@ def test_export(tmp_path, small_world, tiny, monkeypatch, capsys):
 
     monkeypatch.setenv("PRISM_CACHE", str(tmp_path / "cache"))
     files = {"/prism.safetensors": export.read_bytes(), "/cut.pt": path.read_bytes()[:-9]}
+    files["/short.pt"] = path.read_bytes()
     asked = []
 
     class Server(BaseHTTPRequestHandler):
@@ -2173,6 +2174,7 @@ def test_export(tmp_path, small_world, tiny, monkeypatch, capsys):
             asked.append(self.path)
             found = files.get(self.path.partition("?")[0])
             self.send_response(200 if found else 404)
+            self.send_header("Content-Length", len(found or b"") + (self.path == "/short.pt"))
             self.end_headers()
             self.wfile.write(found or b"")
 
@@ -2184,13 +2186,15 @@ def test_export(tmp_path, small_world, tiny, monkeypatch, capsys):
     url = f"http://127.0.0.1:{server.server_port}"
     for _ in range(2):
         assert torch.equal(prism.load(f"{url}/prism.safetensors?x=1").pos_embed, expected.pos_embed)
-    with pytest.raises(OSError, match=f"cannot fetch {url}/none.pt .*404.*or put the file at"):
-        prism.load(f"{url}/none.pt")
+    for name, why in (("none.pt", "404"), ("short.pt", "IncompleteRead|1 more expected")):
+        with pytest.raises(OSError, match=f"cannot fetch {url}/{name} .*({why}).*or put the file at"):
+            prism.load(f"{url}/{name}")
     for _ in range(2):
         with pytest.raises(ValueError, match="cut.pt cannot be read"):
             prism.load(f"{url}/cut.pt")
     server.shutdown()
-    assert asked == ["/prism.safetensors?x=1", "/none.pt", "/cut.pt", "/cut.pt"]
+    assert asked == ["/prism.safetensors?x=1", "/none.pt", "/short.pt", "/cut.pt", "/cut.pt"]
+    assert len(list((tmp_path / "cache" / "students").iterdir())) == 1
 
 
 def test_weights_of_another_student_are_refused_whole(tmp_path):

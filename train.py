@@ -90,7 +90,7 @@ class Args:
 
     out_dir: Path = Path("out")  # checkpoints and log.jsonl
     init: str | None = None  # checkpoint or timm ViT: augreg-s, FILE, ... (recompose: OUT_DIR/deconstruct.pt)
-    resume: Literal["last", "previous"] = "last"  # where OUT_DIR's checkpoint is damaged: the one before it
+    resume: Literal["auto", "previous"] = "auto"  # previous: if OUT_DIR's is damaged, the one before
     fresh: bool = False  # start over; OUT_DIR's checkpoints and log are kept as NAME.old
     seed: int = 0  # of weights, order, augmentation, noise
     device: str | None = None  # default: cuda if there is one, else cpu
@@ -763,11 +763,11 @@ def read_last(args: Args, path: Path) -> dict | None:
         if not previous.exists():
             return None
         why = f"{path} is gone, but not the one before it: {way}"
-        if args.resume == "last":
+        if args.resume == "auto":
             raise FileNotFoundError(why) from None
     except ValueError as error:
         why = prism.one_line(error)
-        if args.resume == "last" or not previous.exists():
+        if args.resume == "auto" or not previous.exists():
             raise
         os.replace(path, path.with_suffix(".damaged.pt"))
     print(why, flush=True)
