@@ -926,7 +926,8 @@ def read_scenes(root: Path) -> Scenes:
     samples = [world.read(i, labels=False) for i in range(len(world))]  # with all labels: four times as long
     files = [data.sample_paths(root, world.files, sample["name"])["labelmap"] for sample in samples]
     images = np.stack([sample["image"] for sample in samples])  # (B, S, S, 3)
-    labelmaps = np.stack([data.load_label(path, images.shape[1:3], field="LabelMap") for path in files])
+    labelmaps = np.stack([data.load_label(path, images.shape[1:3], 255, whole=True, field="LabelMap")
+                          for path in files])
     return Scenes(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
                   torch.from_numpy(labelmaps.astype(np.uint8)),
                   *caption_tables([sample["caption"] for sample in samples]))

@@ -2296,6 +2296,16 @@ def small_scenes(count=8):
                            *teachers.caption_tables(rendered["captions"]))
 
 
+def test_scenes_are_read_from_the_world(small_world):
+    """Catches toys that are raised on other pixels, ids or captions than the world's, or cannot read it."""
+    world = data.World(small_world, "train", cache=False)
+    samples, scenes = [world.read(i) for i in range(len(world))], teachers.read_scenes(small_world)
+    assert np.array_equal(scenes.labelmaps, [sample["labelmap"] for sample in samples])
+    assert np.array_equal(scenes.images.permute(0, 2, 3, 1), [sample["image"] for sample in samples])
+    tables = teachers.caption_tables([sample["caption"] for sample in samples])
+    assert all(map(torch.equal, scenes[2:], tables)) and scenes.phrases.any(1).all()
+
+
 def short(name, **changes):
     """Return a toy's settings for a few cheap steps."""
     toy = teachers.TOYS[name]
