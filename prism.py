@@ -1381,18 +1381,24 @@ def load(path: str | Path, device: str = "cpu", grid: tuple[int, int] | None = N
         if str(file) != str(path):
             file.unlink()  # so that it is fetched again
         raise
-    cfg, state = config_from(content["config"], file), content["model"]
-    if cfg.depth > len(state):
-        raise ValueError(f"checkpoint {file} claims {cfg.depth} blocks, and has {len(state)} tensors; name "
-                         "another")
-    with torch.device("meta"):  # before a false config takes memory
-        check_fit(build(cfg).state_dict(), state, file)
+    cfg, state = config_and_weights(content, file)
     model = build(cfg)
     model.load_state_dict(state)
     if grid is not None and tuple(grid) != cfg.grid:
         model.pos_embed = nn.Parameter(resize_pos(model.pos_embed.data, cfg.grid, tuple(grid)))
         model.cfg = replace(cfg, grid=tuple(grid))
     return model.to(device).eval()
+
+
+def config_and_weights(content: dict, path: str | Path) -> tuple[PrismConfig, dict[str, Tensor]]:
+    """Return what `read_checkpoint` read if its parts fit each other. Raises ValueError."""
+    cfg, state = config_from(content["config"], path), content["model"]
+    if cfg.depth > len(state):
+        raise ValueError(f"checkpoint {path} claims {cfg.depth} blocks, and has {len(state)} tensors; name "
+                         "another")
+    with torch.device("meta"):  # a false config takes no memory
+        check_fit(build(cfg).state_dict(), state, path)
+    return cfg, state
 
 
 def local_copy(path: str | Path) -> Path:

@@ -726,7 +726,7 @@ def initial_weights(student: prism.Student, source: str | None, given: dict | No
         origin, digest = Path(weights.provenance["source"]).name, weights.provenance["sha256"][:12]
         return f"{origin} {digest}", f"{source}: {report}"
     path = Path(source)
-    cfg, state = prism.config_from(given["config"], path), given["model"]
+    cfg, state = prism.config_and_weights(given, path)
     check_same_kind(path, cfg, student.cfg)
     state["pos_embed"] = prism.resize_pos(state["pos_embed"], tuple(cfg.grid), student.cfg.grid)
     new = ("heads", "task_embed", "mixers")
