@@ -990,15 +990,18 @@ def load_members(stored: dict, device) -> dict[str, teachers.Teacher]:
     recorded, members = stored.get("provenance", {}).get("teachers", {}), {}
     try:
         for name, width in stored["config"]["teachers"].items():
-            if not (was := recorded.get(name)):
+            was = recorded.get(name) if isinstance(recorded, dict) else None
+            was = was if isinstance(was, dict) else {}
+            size = was.get("size") if isinstance(was.get("size"), int) else None
+            source = name if was.get("kind") == "toy" else was.get("source")
+            if not isinstance(source, str):
                 raise ValueError(f"the checkpoint does not record what {name} is")
-            size = was["size"] if isinstance(was["size"], int) else None
-            source = name if was["kind"] == "toy" else was["source"]
             members[name] = teachers.load_teacher(source, size, device, was.get("sha256"))
             if members[name].width != width:
                 raise ValueError(f"{name} is {members[name].width} wide, was {width} in training")
-            if (now := members[name].provenance.get("settings")) != was.get("settings"):
-                print(f"{name} was raised by other code: settings {now} here, {was['settings']} in training")
+            now, then = members[name].provenance.get("settings"), was.get("settings")
+            if now != then:
+                print(f"{name} was raised by other code: settings {now} here, {then} in training")
     except (ValueError, OSError) as error:
         print(f"teachers, and what is measured against them, left out: {prism.one_line(error)}")
         return {}

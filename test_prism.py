@@ -2084,6 +2084,16 @@ def test_memory_and_handles_stay_flat(small_world, tmp_path, tiny, monkeypatch):
     assert grown.total() < 15, grown  # 30 steps
 
 
+@pytest.mark.parametrize("record", [5, "x", [], {}, {"size": 32},
+                                    {"kind": "hub", "source": 5}, {"source": "/no"}])
+def test_teachers_that_a_stranger_records(record, capsys):
+    """Catches an evaluation that ends in a traceback over what a checkpoint says of its teachers."""
+    for recorded in (record, {"a": record}):
+        stored = {"provenance": {"teachers": recorded}, "config": {"teachers": {"a": 8}}}
+        assert scoring.load_members(stored, "cpu") == {}
+        assert "teachers, and what is measured against them, left out: " in capsys.readouterr().out
+
+
 def test_two_runs_in_one_folder(small_world, tmp_path):
     """Catches two runs that write each other's checkpoint and log."""
     print(in_fresh_process(share_folder, small_world, tmp_path))
