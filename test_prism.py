@@ -6,6 +6,7 @@ test would catch.
 """
 
 import colorsys
+import errno
 import fcntl
 import functools
 import gc
@@ -1495,6 +1496,21 @@ def test_going_on_refuses_a_stage_that_began_elsewhere(small_world, tmp_path, ti
     assert (tmp_path / "prism.pt").read_bytes() == before
 
 
+def test_stage_2_goes_on_without_what_it_began_with(small_world, tmp_path, tiny, monkeypatch):
+    """Catches a stage that cannot be gone on with once the weights it began with are moved away, or that
+    begins without them."""
+    whole = tiny_run(small_world, tmp_path / "whole")["model"]
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    (tmp_path / "parts" / "prism.previous.pt").replace(tmp_path / "parts" / "prism.pt")
+    (tmp_path / "parts" / "deconstruct.pt").unlink()
+    parts = tiny_run(small_world, tmp_path / "parts", stage="recompose")
+    assert parts["step"] == 10 and all(torch.equal(whole[k], parts["model"][k]) for k in whole)
+    assert parts["provenance"]["init"].startswith("deconstruct.pt ")
+    with pytest.raises(FileNotFoundError, match="deconstruct.pt does not exist"):
+        tiny_run(small_world, tmp_path / "parts", stage="recompose", fresh=True)
+    assert (tmp_path / "parts" / "prism.pt").exists(), "refused, but set aside"
+
+
 def test_going_on_refuses_another_run(small_world, tmp_path, tiny):
     """Catches a run that silently mixes two, or that loses the older one where --fresh is asked for."""
     tiny_run(small_world, tmp_path, stage="deconstruct", steps=5)
@@ -2097,6 +2113,15 @@ def test_teachers_that_a_stranger_records(record, capsys):
 def test_two_runs_in_one_folder(small_world, tmp_path):
     """Catches two runs that write each other's checkpoint and log."""
     print(in_fresh_process(share_folder, small_world, tmp_path))
+
+
+def test_a_file_system_without_locks(small_world, tmp_path, tiny, monkeypatch):
+    """Catches training that is refused where files cannot be locked."""
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", none)
+    assert tiny_run(small_world, tmp_path, stage="deconstruct", steps=1)["step"] == 1
 
 
 def share_folder(small_world: str, folder: str) -> None:

@@ -280,14 +280,22 @@ def check_args(args: Args) -> None:
 
 def check_init(args: Args) -> None:
     """Raise FileNotFoundError or ValueError where the first stage's initial weights are not there."""
-    source = args.init
-    if source is None and args.stage == "recompose" and args.distill:
-        source = str(args.out_dir / ON_IMAGES.checkpoint)
-    if source and source.endswith(".pt") and not Path(source).is_file():
+    name = stage_names(args.stage)[0]
+    source, own = init_source(args, name), args.out_dir / choose_recipe(args, name).checkpoint
+    begun = own.is_file() and not args.fresh
+    if source and source.endswith(".pt") and not (Path(source).is_file() or begun):
         raise FileNotFoundError(f"checkpoint {source} does not exist; name one with --init, or make it with "
                                 "--stage deconstruct")
     if source and not source.endswith(".pt"):
         teachers.check_source(source)
+
+
+def init_source(args: Args, name: str) -> str | None:
+    """Tell where a stage's first weights are: --init, or for stage 2 stage 1's; None: random weights."""
+    source = args.init if args.stage != "all" or name == "deconstruct" else None
+    if source is None and name == "recompose" and args.distill:
+        source = str(args.out_dir / ON_IMAGES.checkpoint)
+    return source
 
 
 def stage_names(stage: str) -> list[str]:
@@ -662,15 +670,18 @@ def prepare(args: Args, rt: Runtime, name: str, taught: teachers.Teachers) -> Ru
     dataset = first_rank_first(rt, lambda: open_train(args, stage))
     stage, path = choose_recipe(args, name, len(dataset)), args.out_dir / stage.checkpoint
     tasks = choose_tasks(args, dataset) if stage.view == "multitask" else {}
-    source, given = read_init(args, name)
+    stored = None if args.bench else first_rank_first(rt, lambda: read_last(args, path))
+    source = init_source(args, name)
+    moved = bool(stored and source and source.endswith(".pt")) and not Path(source).exists()
+    given = stored if moved else read_init(source)  # weights that are no longer needed may be gone
     official = given is not None and given["config"].get("official", False)  # its router has one matrix more
     student = build_student(args, stage, teachers=taught.widths, tasks=tasks, official=official)
-    origin, report = initial_weights(student, source, given)
+    origin, report = (given.get("provenance", {}).get("init"), "") if moved else initial_weights(
+        student, source, given)
     provenance = {
         "data": dataset.source, "teachers": taught.provenance, "init": origin, "code": git_revision(),
         "torch": str(torch.__version__), "schedule": schedule_of(args, stage, taught),
     }
-    stored = None if args.bench else first_rank_first(rt, lambda: read_last(args, path))
     start = 0
     if stored:
         check_same_run(path, stored, {
@@ -680,8 +691,8 @@ def prepare(args: Args, rt: Runtime, name: str, taught: teachers.Teachers) -> Ru
         start, report = stored["step"], f"resumed {path} at step {stored['step']}"
     later = args.out_dir / ON_PASCAL.checkpoint
     if args.stage == "all" and name == "deconstruct" and start < stage.steps and later.exists():
-        raise ValueError(f"{later} began with another {path.name} than is to be trained; start both stages "
-                         "over with --fresh, or choose another --out-dir")
+        raise ValueError(f"{later} began with another {path.name} than is to be trained; go on with --stage "
+                         "recompose, start both stages over with --fresh, or choose another --out-dir")
     place(args, rt, student)
     optimizer = build_optimizer(student, stage, pretrained=origin != "random weights")
     if stored:
@@ -701,22 +712,14 @@ def schedule_of(args: Args, stage: Stage, taught: teachers.Teachers) -> dict:
                          for name, p in taught.provenance.items()}}
 
 
-def read_init(args: Args, name: str) -> tuple[str | None, dict | None]:
-    """Return whence a stage's first weights come: --init, or for stage 2 stage 1; and what that holds.
-
-    No source: random weights. No content: the source is a timm ViT. Raises FileNotFoundError, ValueError.
-    """
-    source = args.init if args.stage != "all" or name == "deconstruct" else None
-    if source is None and name == "recompose" and args.distill:
-        source = str(args.out_dir / ON_IMAGES.checkpoint)
+def read_init(source: str | None) -> dict | None:
+    """Read a student to start from; None where there is none, or a timm ViT. Raises OSError, ValueError."""
     ours = source is not None and (source.endswith(".pt") or prism.is_student(source))
-    if not ours:
-        return source, None
-    return source, prism.read_checkpoint(source)
+    return prism.read_checkpoint(source) if ours else None
 
 
 def initial_weights(student: prism.Student, source: str | None, given: dict | None) -> tuple[str, str]:
-    """Fill a new student from what `read_init` returned; returns file with hash, and a report."""
+    """Fill a new student from what `read_init` read; returns file with hash, and a report."""
     if source is None:
         return "random weights", "random weights"
     if given is None:
@@ -1099,6 +1102,8 @@ def hold(folder: Path, rt: Runtime):
             except (BlockingIOError, PermissionError) as error:
                 raise OSError(f"another run trains into {folder}; wait for it, or choose another "
                               "--out-dir") from error
+            except OSError:
+                pass  # a file system without locks keeps nobody out
             for part in folder.glob(".*.part"):
                 part.unlink()
         yield
