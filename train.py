@@ -90,7 +90,7 @@ class Args:
 
     out_dir: Path = Path("out")  # checkpoints and log.jsonl
     init: str | None = None  # checkpoint or timm ViT: augreg-s, FILE, ... (recompose: OUT_DIR/deconstruct.pt)
-    resume: Literal["auto", "previous"] = "auto"  # previous: if OUT_DIR's is damaged, the one before
+    resume: Literal["auto", "previous"] = "auto"  # where the last checkpoint is damaged: the one before it
     fresh: bool = False  # start over; OUT_DIR's checkpoints and log are kept as NAME.old
     seed: int = 0  # of weights, order, augmentation, noise
     device: str | None = None  # default: cuda if there is one, else cpu
