@@ -992,7 +992,7 @@ def read_ids(path: Path) -> list[str]:
 
 
 def check_png(content: bytes):
-    """Raise ValueError unless all chunks have their checksums, which Pillow passes over (0.05 ms)."""
+    """Raise ValueError unless chunks have their checksums, which Pillow passes over (0.1 ms for 400 kB)."""
     at, view = 8, memoryview(content)
     while content[at - 8 : at - 4] != b"IEND":
         size = int.from_bytes(view[at : at + 4])
