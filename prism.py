@@ -7,9 +7,19 @@ few blocks is split into two streams: an *anchor* that everything shares, and *e
     u  = LN2(x)
     x <- x + lambda * anchor(u) + (1 - lambda) * [shared(u) + sum over top-k e of w_e * expert_e(u)]
 
+lambda = sigmoid(a . u + b) is one number per token, between 0 and 1, that a linear gate reads off the token
+itself: the context has no part in it. b starts such that lambda is 0.94: a new expert stream fades in.
+
 Stage 1, *deconstruct*: contexts are teachers; the experts take their conflicts apart.
 Stage 2, *recompose*: contexts are tasks; the router reassembles the same experts for each of them.
 Only the router sees the context, so all that comes before the first router is computed once.
+
+An image's way: (B, 3, H, W) -> `embed`, a cls token and h*w patches (B, N, D) -> plain blocks -> the first
+`DualStreamBlock`, where B rows become R, one per image and context -> the other blocks -> four levels, the
+patches after each of the four dual stream blocks, as maps (R, D, h, w). In stage 1 `projectors` map each
+level to the features of its teacher. In stage 2 a `Head` per task maps the levels of its context to
+(B, C, H, W).
+
 Beside it stands SAK (ICLR 2025, arXiv 2410.14633), the baseline: a plain ViT, and per teacher a path of
 adapters that reads the ViT but never writes to it.
 
@@ -18,34 +28,37 @@ tokens, H x W pixels, h x w patches. R rows = images x contexts, all images of o
 "eq." numbers are the paper's; "official" marks what the released code does otherwise.
 """
 
-import hashlib
+import data  # first: it settles how threads wait, before torch is loaded
+
+# isort: split
 import json
 import math
 import os
-import pickle
 import random
 import re
-import shutil
-import signal
 import statistics
 import sys
 import time
-import warnings
-import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
-
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # before torch: see train.py
+from pickle import UnpicklingError
+from typing import NamedTuple
+from zipfile import ZipFile, is_zipfile
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import tyro
 from einops import rearrange, repeat
+from rich.console import Console
+from rich.table import Table
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce  # with a gradient
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
 # ---------------------------------------------------------------------------------------------- config
@@ -200,129 +213,6 @@ class Router(nn.Module):
 # -------------------------------------------------------------------------------------------- experts
 
 
-# Rows lie sorted by expert, ends (E,) int32 tells where each expert's run ends. Two operators for such
-# rows, opaque to the compiler: the first reads `ends` on the host, the second never.
-
-
-@torch.library.custom_op("prism::expert_mlps", mutates_args=())
-def expert_mlps(rows: Tensor, ends: Tensor, w1: Tensor, b1: Tensor, w2: Tensor,
-                b2: Tensor) -> tuple[Tensor, Tensor]:
-    """Run each expert's MLP on its rows (S, D); returns (S, D) and what the GELU was given (S, hidden)."""
-    y, z = torch.empty_like(rows), rows.new_empty(len(rows), w1.shape[1])
-    for e, own in enumerate(_runs(ends)):
-        torch.addmm(b1[e], rows[own], w1[e].t(), out=z[own])
-        torch.addmm(b2[e], F.gelu(z[own]), w2[e].t(), out=y[own])
-    return y, z
-
-
-@torch.library.custom_op("prism::expert_mlps_backward", mutates_args=())
-def expert_mlps_backward(grad: Tensor, rows: Tensor, z: Tensor, ends: Tensor, w1: Tensor,
-                         w2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of rows, w1, b1, w2, b2; an expert without rows gets zeros."""
-    d_rows, d_w1, d_w2 = torch.empty_like(rows), torch.empty_like(w1), torch.empty_like(w2)
-    d_b1, d_b2 = w1.new_empty(w1.shape[:2]), w2.new_empty(w2.shape[:2])
-    for e, own in enumerate(_runs(ends)):
-        d_hidden = grad[own] @ w2[e]
-        d_z = torch.ops.aten.gelu_backward(d_hidden, z[own])
-        torch.mm(grad[own].t(), F.gelu(z[own]), out=d_w2[e])
-        torch.mm(d_z.t(), rows[own], out=d_w1[e])
-        torch.mm(d_z, w1[e], out=d_rows[own])
-        torch.sum(grad[own], 0, out=d_b2[e])
-        torch.sum(d_z, 0, out=d_b1[e])
-    return d_rows, d_w1, d_b1, d_w2, d_b2
-
-
-@torch.library.custom_op("prism::grouped_linear", mutates_args=())
-def grouped_linear(rows: Tensor, w: Tensor, ends: Tensor) -> Tensor:
-    """Multiply rows (S, I) of expert e by w[e] (E, O, I) transposed: (S, O), in one kernel on a GPU."""
-    return F.grouped_mm(rows.contiguous(), w.transpose(-2, -1), offs=ends)
-
-
-@torch.library.custom_op("prism::grouped_linear_backward", mutates_args=())
-def grouped_linear_backward(grad: Tensor, rows: Tensor, w: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of rows and w."""
-    grad = grad.contiguous()  # the compiler may choose strides that the kernel refuses
-    d_w = F.grouped_mm(grad.t(), rows.contiguous(), offs=ends)  # (E, O, I)
-    return F.grouped_mm(grad, w, offs=ends), d_w
-
-
-def _runs(ends: Tensor) -> Iterator[slice]:
-    start = 0
-    for end in ends.tolist():
-        yield slice(start, end)
-        start = end
-
-
-def _keep_for_mlps(ctx, inputs, output) -> None:
-    rows, ends, w1, _, w2, _ = inputs
-    ctx.save_for_backward(rows, output[1], ends, w1, w2)
-    ctx.set_materialize_grads(False)  # nobody differentiates what the GELU was given
-
-
-def _mlps_gradients(ctx, grad: Tensor, _):
-    d_rows, *d_weights = expert_mlps_backward(grad.contiguous(), *ctx.saved_tensors)
-    return d_rows, None, *d_weights
-
-
-def _keep_for_linear(ctx, inputs, output) -> None:
-    rows, w, ends = inputs
-    ctx.save_for_backward(rows, w, ends)
-
-
-expert_mlps.register_fake(lambda rows, ends, w1, b1, w2, b2: (
-    torch.empty_like(rows), rows.new_empty(len(rows), w1.shape[1])))
-expert_mlps_backward.register_fake(lambda grad, rows, z, ends, w1, w2: (
-    torch.empty_like(rows), torch.empty_like(w1), w1.new_empty(w1.shape[:2]), torch.empty_like(w2),
-    w2.new_empty(w2.shape[:2])))
-expert_mlps.register_autograd(_mlps_gradients, setup_context=_keep_for_mlps)
-grouped_linear.register_fake(lambda rows, w, ends: rows.new_empty(len(rows), w.shape[1]))
-grouped_linear_backward.register_fake(lambda grad, rows, w, ends: (
-    torch.empty_like(rows), torch.empty_like(w)))
-grouped_linear.register_autograd(lambda ctx, grad: (*grouped_linear_backward(grad, *ctx.saved_tensors), None),
-                                 setup_context=_keep_for_linear)
-
-
-@register_flop_formula(torch.ops.prism.expert_mlps)
-def _mlps_flops(rows, ends, w1, *_, **__) -> int:
-    return 4 * rows[0] * w1[1] * w1[2]
-
-
-@register_flop_formula(torch.ops.prism.expert_mlps_backward)
-def _mlps_backward_flops(grad, rows, z, ends, w1, *_, **__) -> int:
-    return 8 * rows[0] * w1[1] * w1[2]
-
-
-@register_flop_formula(torch.ops.prism.grouped_linear)
-def _linear_flops(rows, w, *_, **__) -> int:
-    return 2 * rows[0] * w[1] * w[2]
-
-
-@register_flop_formula(torch.ops.prism.grouped_linear_backward)
-def _linear_backward_flops(grad, rows, w, *_, **__) -> int:
-    return 4 * rows[0] * w[1] * w[2]
-
-
-class _Reorder(torch.autograd.Function):
-    """Take rows x[index]; `back` undoes it, so that the backward is a gather too, free of atomics.
-
-    x (S, D), index (S * copies,), back (S * copies,): where copy c of row s went, at s * copies + c.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, index: Tensor, back: Tensor, copies: int) -> Tensor:
-        ctx.save_for_backward(back)
-        ctx.copies = copies
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (back,) = ctx.saved_tensors
-        grad = grad.index_select(0, back)
-        if ctx.copies > 1:
-            grad = grad.view(-1, ctx.copies, grad.shape[-1]).sum(1)
-        return grad, None, None, None
-
-
 class Experts(nn.Module):
     """E MLPs D -> hidden -> D, each run on just the tokens that chose it.
 
@@ -371,20 +261,9 @@ class Experts(nn.Module):
         if self.official:
             rows = rows * topk_w.reshape(-1, 1)[order].to(dtype)
         weights = (p.to(dtype) for p in (self.w1, self.b1, self.w2, self.b2))
-        if x.is_cuda and dtype == torch.bfloat16:
-            rows = self._grouped(rows, ends, F.one_hot(expert.long(), len(ids)).to(dtype), *weights)
-        else:
-            rows = expert_mlps(rows, ends, *weights)[0]
+        rows, _ = expert_mlps(rows, *weights, expert, ends)  # (T*K, D)
         y = _Reorder.apply(rows, back, order, 1).view(T, K, -1)  # (T, K, D), gathered
         return (y * topk_w.unsqueeze(-1)).sum(1).to(x.dtype)
-
-    @staticmethod
-    def _grouped(rows: Tensor, ends: Tensor, one_hot: Tensor, w1: Tensor, b1: Tensor, w2: Tensor,
-                 b2: Tensor) -> Tensor:
-        """Keep group sizes on the GPU. Biases by a product with the one-hot experts (T*K, E): in bf16 the
-        backward of b[expert] loses 5 % of the gradient."""
-        hidden = F.gelu(grouped_linear(rows, w1, ends) + one_hot @ b1)  # (T*K, hidden)
-        return grouped_linear(hidden, w2, ends) + one_hot @ b2  # (T*K, D)
 
 
 def _matmul_dtype(x: Tensor) -> torch.dtype:
@@ -440,40 +319,6 @@ class DualStreamBlock(nn.Module):
 # ------------------------------------------------------------------------------- heads and projectors
 
 
-class _SumOverRanks(torch.autograd.Function):
-    """Sum a statistic over processes; its gradient is the sum of theirs."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        grad = grad.clone()
-        dist.all_reduce(grad)
-        return grad
-
-
-class BatchNorm(nn.BatchNorm2d):
-    """Batch norm over all ranks, on CPU too, so that N processes equal one."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
-            return super().forward(x)
-        x, dtype, count = x.float(), x.dtype, x.numel() // x.shape[1] * dist.get_world_size()
-        sums = _SumOverRanks.apply(torch.stack([x.sum((0, 2, 3)), (x * x).sum((0, 2, 3))]))  # (2, C)
-        mean = sums[0] / count
-        var = sums[1] / count - mean * mean
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * count / (count - 1), self.momentum)
-            self.num_batches_tracked += 1
-        scale = self.weight * (var + self.eps).rsqrt()
-        return (x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(dtype)
-
-
 class Head(nn.Module):
     """Four levels of features -> one task's map."""
 
@@ -494,30 +339,13 @@ class Head(nn.Module):
         return self.finish(self.fuse(x), size)
 
     def forward(self, levels: list[Tensor], size: tuple[int, int]) -> Tensor:
-        """Compute `plain` with a tenth of its multiply-adds, in training too.
-
-        Enlarging and convolving are both linear, and the few patches are all that there is to know. So
-        each of the 3 x 3 taps is applied to patches, where it costs 1/16 (patch 16) of what it costs at a
-        quarter of the pixels; then all taps are enlarged, shifted and added by two matrix products.
-        """
+        """Compute `plain` with a tenth of its multiply-adds, in training too: see `convolve_enlarged`."""
         conv, norm, gelu = self.fuse
         weight, bias = conv.weight, conv.bias
         if not self.training:  # batch norm is a constant scale and shift per channel
             scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
             weight, bias = weight * scale.view(-1, 1, 1, 1), (bias - norm.running_mean) * scale + norm.bias
-        taps = rearrange(weight, "out d i j -> i (j out) d")  # (3, 3 D, D), one matrix per row of taps
-        tokens = self.gather(levels)  # (B, h, w, D)
-        B, h, w, D = tokens.shape
-        tall, wide = size[0] // 4, size[1] // 4
-        rows, columns = (shifted_bilinear(n, m, tokens) for n, m in ((h, tall), (w, wide)))
-        x = None
-        for i in range(3):  # the bias rides on the central tap, whose interpolation keeps constants
-            tap = F.linear(tokens, taps[i], F.pad(bias, (D, D)) if i == 1 else None)  # (B, h, w, 3 D)
-            enlarged = torch.bmm(rows[i].expand(B, -1, -1), tap.flatten(2))  # (B, tall, w * 3 D)
-            x = enlarged if x is None else x.add_(enlarged)
-        columns = rearrange(columns, "j wide w -> wide (w j)").expand(B * tall, -1, -1)
-        x = torch.bmm(columns, x.view(B * tall, w * 3, D))  # (B * tall, wide, D)
-        x = rearrange(x, "(b y) x d -> b d y x", b=B)  # channels last in memory
+        x = convolve_enlarged(self.gather(levels), weight, bias, (size[0] // 4, size[1] // 4))
         return self.finish(gelu(norm(x) if self.training else x), size)
 
     def gather(self, levels: list[Tensor]) -> Tensor:
@@ -528,17 +356,6 @@ class Head(nn.Module):
     def finish(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """Classify (B, D, H / 4, W / 4) and enlarge to (B, channels, H, W)."""
         return F.interpolate(self.last(x).float(), size=size, mode="bilinear", align_corners=False)
-
-
-def shifted_bilinear(n: int, m: int, like: Tensor) -> Tensor:
-    """Return (3, m, n): the matrix that enlarges n values to m bilinearly, then shifts by -1, 0 or 1.
-
-    What a 3 x 3 convolution with zero padding sees of the enlarged map, along one axis.
-    """
-    identity = torch.eye(n, device=like.device, dtype=torch.float64).unsqueeze(0)  # (1, n, n)
-    enlarge = F.interpolate(identity, size=m, mode="linear", align_corners=False)[0].t()  # (m, n)
-    padded = F.pad(enlarge, (0, 0, 1, 1))  # (m + 2, n)
-    return torch.stack([padded[i : i + m] for i in range(3)]).to(like.dtype)
 
 
 def make_projectors(cfg: PrismConfig) -> nn.ModuleDict:
@@ -563,15 +380,12 @@ class Output(NamedTuple):
 
 
 class Student(nn.Module):
-    """What Prism and SAK share: the way from images to tokens, and the public methods."""
-
-    kind = ""  # the config's `student`
+    """From images to tokens, from levels to teachers and tasks; in between each kind goes its own way."""
 
     def __init__(self, cfg: PrismConfig):
         super().__init__()
-        self.cfg = cfg = replace(cfg, student=self.kind)
         check_config(cfg)
-        self.contexts = [*cfg.teachers, *cfg.tasks]
+        self.cfg, self.contexts = cfg, [*cfg.teachers, *cfg.tasks]
         self.patch_embed = nn.Conv2d(3, cfg.dim, cfg.patch, cfg.patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, cfg.dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + cfg.grid[0] * cfg.grid[1], cfg.dim))
@@ -586,7 +400,7 @@ class Student(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        for p in (self.cls_token, self.pos_embed):
+        for p in self.parameters(recurse=False):  # cls token, position table, contexts
             nn.init.trunc_normal_(p, std=0.02)
 
     def expect(self, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -597,15 +411,18 @@ class Student(nn.Module):
 
     def embed(self, images: Tensor) -> Tensor:
         """Turn RGB in [0, 1] (B, 3, H, W) into tokens (B, N, D)."""
-        H, W, patch = *images.shape[-2:], self.cfg.patch
-        for side in (H, W):
-            if side % patch:
-                low = side // patch * patch
-                raise ValueError(f"image side {side} is not a multiple of the patch size {patch}; "
-                                 f"use {low or patch} or {low + patch}")
+        patch, sides = self.cfg.patch, images.shape[-2:]
+        for side in (side for side in sides if side % patch):
+            low = side // patch * patch
+            raise ValueError(f"image side {side} is not a multiple of the patch size {patch}; "
+                             f"use {low or patch} or {low + patch}")
         x = rearrange(self.patch_embed((images - self.mean) / self.std), "b d h w -> b (h w) d")
-        pos = resize_pos(self.pos_embed, self.cfg.grid, (H // patch, W // patch))
+        pos = resize_pos(self.pos_embed, self.cfg.grid, (sides[0] // patch, sides[1] // patch))
         return torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + pos  # (B, N, D)
+
+    def as_maps(self, tokens: Tensor, images: Tensor) -> Tensor:
+        """Lay patch tokens (B, h*w, D) out as maps (B, D, h, w)."""
+        return rearrange(tokens, "b (h w) d -> b d h w", h=images.shape[-2] // self.cfg.patch)
 
     def context_ids(self, names: str | Sequence[str], B: int) -> Tensor:
         """Look up one name for all B images, or one each; returns (B,) int64."""
@@ -617,30 +434,11 @@ class Student(nn.Module):
             raise ValueError(f"{len(names)} contexts for {B} images; give one name, or one per image")
         return torch.tensor([self.contexts.index(name) for name in names])
 
-    def project(self, levels: list[Tensor], teacher_ids: Tensor) -> dict[str, list[Tensor]]:
-        """Map each image's levels to its own teacher's width. A teacher without an image in the batch
-        gets empty maps, which keep its projectors in the graph on every rank."""
-        distilled = {}
-        for i, (name, projectors) in enumerate(self.projectors.items()):
-            rows = torch.where(teacher_ids == i)[0].to(levels[0].device, non_blocking=True)
-            tokens = [rearrange(level[rows], "b d h w -> b h w d") for level in levels]
-            maps = [p(t) for p, t in zip(projectors, tokens, strict=True)]
-            distilled[name] = [rearrange(m, "b h w d -> b d h w") for m in maps]
-        return distilled
-
-    def compile_parts(self) -> None:
-        """Compile every block and head by itself: short compile times, and DDP can send the gradients of
-        one block while the next is computed."""
-        for block in self.blocks:
-            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
-        for head in self.heads.values():
-            head.forward = torch.compile(head.forward, dynamic=False)
-
     def distill(self, images: Tensor, teacher_ids: Tensor) -> dict[str, list[Tensor]]:
         """Imitate teachers: {teacher: 4 x (B_t, D_t, h, w)}, rows in batch order.
 
-        images (B, 3, H, W) RGB in [0, 1]; teacher_ids (B,) int64 into cfg.teachers; SAK also takes
-        (B, K), K teachers for every image.
+        images (B, 3, H, W) RGB in [0, 1]; teacher_ids (B,) int64 into cfg.teachers; students whose blocks
+        hear no teacher also take (B, K), K teachers for every image.
         """
         return self(images, teacher_ids).distilled
 
@@ -657,23 +455,42 @@ class Student(nn.Module):
                              f"{known}")
         return self(images, tasks=tasks).predicted
 
+    def compile_parts(self) -> None:
+        """Compile every block and head by itself: short compile times, and DDP can send the gradients of
+        one block while the next is computed."""
+        for block in self.blocks:
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+        for head in self.heads.values():
+            head.forward = torch.compile(head.forward, dynamic=False)
+
+
+def pick_and_map(levels: list[Tensor], rows: Tensor, maps: Sequence[nn.Module] | None) -> list[Tensor]:
+    """Map rows of levels (B, D, h, w) to a teacher's width. No rows: empty maps keep `maps` in the graph."""
+    rows = rows.to(levels[0].device, non_blocking=True)
+    picked = [rearrange(level[rows], "b d h w -> b h w d") for level in levels]
+    picked = [f(x) for f, x in zip(maps, picked, strict=True)] if maps is not None else picked
+    return [rearrange(x, "b h w d -> b d h w") for x in picked]
+
 
 class Prism(Student):
-    """The student: a ViT whose MoE blocks listen to a context."""
-
-    kind = "prism"
+    """A ViT whose MoE blocks listen to a context; and the controls, which lack parts of it (CONTROLS)."""
 
     def __init__(self, cfg: PrismConfig):
-        super().__init__(cfg)
-        hidden = int(cfg.dim * cfg.mlp_ratio)
+        without = cfg.without or CONTROLS.get(cfg.student, ())
+        super().__init__(replace(cfg, without=without) if cfg.student == "moe" else cfg)
+        self.routed, extra = cfg.student in ("prism", "moe"), 0.0
+        if cfg.student == "wide":  # as wide as all that is active in PRISM's blocks
+            extra = (1 + cfg.top_k) * cfg.expert_ratio
         self.blocks = nn.ModuleList(
-            DualStreamBlock(cfg) if i in cfg.moe_blocks else Block(cfg.dim, cfg.heads, hidden)
+            Block(cfg.dim, cfg.heads, int(cfg.dim * cfg.mlp_ratio)) if i not in cfg.moe_blocks
+            else DualStreamBlock(self.cfg) if self.routed
+            else Block(cfg.dim, cfg.heads, int(cfg.dim * (cfg.mlp_ratio + extra)))
             for i in range(cfg.depth)
         )
         self.norm = nn.LayerNorm(cfg.dim, eps=1e-6)
-        heard = "context" not in cfg.without
         for word, names in (("teacher_embed", cfg.teachers), ("task_embed", cfg.tasks)):
-            setattr(self, word, nn.Parameter(torch.zeros(len(names), cfg.dim)) if names and heard else None)
+            heard = names and "context" not in without
+            setattr(self, word, nn.Parameter(torch.zeros(len(names), cfg.dim)) if heard else None)
         self.projectors = make_projectors(cfg)
         self.heads = nn.ModuleDict({task: Head(cfg.dim, channels) for task, channels in cfg.tasks.items()})
         self.init_weights()
@@ -682,10 +499,7 @@ class Prism(Student):
     def init_weights(self) -> None:
         """Start as a plain ViT whose experts are copies of the anchor and whose router hears nothing."""
         super().init_weights()
-        for p in (self.teacher_embed, self.task_embed):
-            if p is not None:
-                nn.init.trunc_normal_(p, std=0.02)
-        for block in (self.blocks[i] for i in self.cfg.moe_blocks):
+        for block in (block for block in self.blocks if isinstance(block, DualStreamBlock)):
             if block.router.film is not None:
                 nn.init.zeros_(block.router.film.weight)
             if block.gate is not None:
@@ -698,7 +512,7 @@ class Prism(Student):
         """Make shared and routed experts copies of their block's anchor (not the narrower lite ones)."""
         if self.cfg.expert_ratio != self.cfg.mlp_ratio:
             return
-        for block in (self.blocks[i] for i in self.cfg.moe_blocks):
+        for block in (block for block in self.blocks if isinstance(block, DualStreamBlock)):
             experts, model = block.experts, block.anchor or block.shared
             if block.anchor and block.shared:
                 block.shared.load_state_dict(block.anchor.state_dict())
@@ -706,122 +520,53 @@ class Prism(Student):
             for stacked, p in zip(experts.parameters(), model.parameters() if model else first, strict=True):
                 stacked.copy_(p.clone().expand_as(stacked))
 
-    def trunk(self, images: Tensor, context_ids: Tensor) -> tuple[list[Tensor], list[Route]]:
-        """Run all blocks once for all contexts.
+    def trunk(self, images: Tensor, contexts: Sequence[Tensor]) -> tuple[list[list[Tensor]], list[Route]]:
+        """Run all blocks once for all contexts, of which each gives the B images an id, (B,) int64.
 
-        images (B, 3, H, W) RGB in [0, 1]; context_ids (R,) int64 into `contexts`, R a multiple of B.
-        Returns 4 levels (R, D, h, w), normed, without cls, and one Route per MoE block.
+        Returns per context 4 levels (B, D, h, w), normed, without cls; and one Route per MoE block. Ids that
+        lie on the host spare a GPU the waiting.
         """
-        x = self.embed(images)  # (B, N, D)
-        h, w = (side // self.cfg.patch for side in images.shape[-2:])
+        x, levels, routes = self.embed(images), [], []  # (B, N, D)
         tables = [e for e in (self.teacher_embed, self.task_embed) if e is not None]
-        ids = context_ids.to(x.device, non_blocking=True)
-        context = torch.cat(tables)[ids] if tables else None  # (R, D)
-        levels, routes = [], []
+        heard = torch.cat(tables)[torch.cat(contexts).to(x.device, non_blocking=True)] if tables else None
         for i, block in enumerate(self.blocks):
-            if i not in self.cfg.moe_blocks:
+            if self.routed and i in self.cfg.moe_blocks:
+                x, route = block(x, heard)  # (R, N, D) from the first one on
+                routes.append(route)
+            else:
                 x = block(x)
-                continue
-            x, route = block(x, context)  # (R, N, D) from the first one on
-            levels.append(rearrange(self.norm(x)[:, 1:], "r (h w) d -> r d h w", h=h, w=w))
-            routes.append(route)
-        if context is None:  # nobody heard it: all contexts share one pass
-            levels = [level.repeat(len(context_ids) // len(images), 1, 1, 1) for level in levels]
-        return levels, routes
+            if i in self.cfg.moe_blocks:
+                levels.append(self.as_maps(self.norm(x)[:, 1:], images))  # (R, D, h, w)
+        if heard is None:  # all contexts share one pass
+            return [levels] * len(contexts), routes
+        return [list(own) for own in zip(*(x.chunk(len(contexts)) for x in levels), strict=True)], routes
 
     def forward(self, images: Tensor, teacher_ids: Tensor | None = None, tasks: Sequence[str] = ()) -> Output:
         """Run every context of a training step in one batched pass.
 
-        images (B, 3, H, W) RGB in [0, 1]; teacher_ids (B,) int64, the teacher of each image, or None. Ids
-        that lie on the host spare a GPU the waiting: how many images a teacher has is then known there.
+        images (B, 3, H, W) RGB in [0, 1]; teacher_ids (B,) int64, the teacher of each image, or None.
         """
-        B = len(images)
-        ids = [self.context_ids(task, B) for task in tasks]
-        ids += [] if teacher_ids is None else [teacher_ids.cpu()]
-        levels, routes = self.trunk(images, torch.cat(ids))
-        predicted = {
-            task: self.heads[task]([level[i * B : (i + 1) * B] for level in levels], images.shape[-2:])
-            for i, task in enumerate(tasks)
-        }
+        contexts = [self.context_ids(task, len(images)) for task in tasks]
+        contexts += [] if teacher_ids is None else [teacher_ids.cpu()]
+        levels, routes = self.trunk(images, contexts)
+        predicted = {task: self.heads[task](own, images.shape[-2:])
+                     for task, own in zip(tasks, levels, strict=False)}
         if teacher_ids is None:
             return Output({}, predicted, [], routes)
-        levels = [level[-B:] for level in levels]
-        return Output(self.project(levels, teacher_ids), predicted, levels, routes)
+        distilled = {name: pick_and_map(levels[-1], torch.where(teacher_ids == i)[0], projectors)
+                     for i, (name, projectors) in enumerate(self.projectors.items())}
+        return Output(distilled, predicted, levels[-1], routes)
 
     def features(self, images: Tensor, context: str | Sequence[str]) -> list[Tensor]:
         """Return 4 levels (B, D, h, w) of RGB images in [0, 1] (B, 3, H, W) under a teacher or task.
 
         context: one name for all images, or B names. Raises ValueError for an unknown name.
         """
-        return self.trunk(images, self.context_ids(context, len(images)))[0]
+        return self.trunk(images, [self.context_ids(context, len(images))])[0][0]
 
     def route(self, images: Tensor, context: str | Sequence[str]) -> list[Route]:
-        """Return what the router of each MoE block decides under a teacher or task."""
-        return self.trunk(images, self.context_ids(context, len(images)))[1]
-
-
-class MoE(Prism):
-    """A control: routed experts in place of the MLP, and no word of the context."""
-
-    kind = "moe"
-
-    def __init__(self, cfg: PrismConfig):
-        super().__init__(replace(cfg, without=("anchor", "shared", "context")))
-
-
-class Dense(Student):
-    """A control: a plain ViT that hears no context; teachers through projectors, tasks through heads."""
-
-    kind = "dense"
-
-    def __init__(self, cfg: PrismConfig):
-        super().__init__(cfg)
-        self.blocks = nn.ModuleList(
-            Block(cfg.dim, cfg.heads, self.hidden(i)) for i in range(cfg.depth)
-        )
-        self.norm = nn.LayerNorm(cfg.dim, eps=1e-6)
-        self.projectors = make_projectors(cfg)
-        self.heads = nn.ModuleDict({task: Head(cfg.dim, channels) for task, channels in cfg.tasks.items()})
-        self.init_weights()
-
-    def hidden(self, block: int) -> int:
-        """Return the hidden width of a block's MLP."""
-        return int(self.cfg.dim * self.cfg.mlp_ratio)
-
-    def trunk(self, images: Tensor) -> list[Tensor]:
-        """Return 4 levels (B, D, h, w) of RGB images in [0, 1] (B, 3, H, W), normed, without cls."""
-        x, levels = self.embed(images), []  # (B, N, D)
-        for i, block in enumerate(self.blocks):
-            x = block(x)
-            if i in self.cfg.moe_blocks:
-                h = images.shape[-2] // self.cfg.patch
-                levels.append(rearrange(self.norm(x)[:, 1:], "b (h w) d -> b d h w", h=h))
-        return levels
-
-    def forward(self, images: Tensor, teacher_ids: Tensor | None = None, tasks: Sequence[str] = ()) -> Output:
-        """Run the trunk once for all; arguments as PRISM's, teacher_ids also (B, K) as SAK's."""
-        levels = self.trunk(images)
-        predicted = {task: self.heads[task](levels, images.shape[-2:]) for task in tasks}
-        if teacher_ids is None:
-            return Output({}, predicted, [], [])
-        return Output(self.project(levels, teacher_ids), predicted, levels, [])
-
-    def features(self, images: Tensor, context: str | Sequence[str]) -> list[Tensor]:
-        """Return 4 levels (B, D, h, w), the same under every context. Raises ValueError for unknown ones."""
-        self.context_ids(context, len(images))
-        return self.trunk(images)
-
-
-class Wide(Dense):
-    """A control: the MoE blocks' MLPs as wide as all that is active in PRISM's: anchor, shared, K experts."""
-
-    kind = "wide"
-
-    def hidden(self, block: int) -> int:
-        """Return the hidden width of a block's MLP."""
-        cfg = self.cfg
-        extra = (1 + cfg.top_k) * cfg.expert_ratio if block in cfg.moe_blocks else 0
-        return int(cfg.dim * (cfg.mlp_ratio + extra))
+        """Return what the router of each MoE block decides under a teacher or task; [] without routers."""
+        return self.trunk(images, [self.context_ids(context, len(images))])[1]
 
 
 # ------------------------------------------------------------------------------------------------ SAK
@@ -862,7 +607,7 @@ class Mixer(nn.Module):
             logits = logits + noise * (F.softplus(spread) + self.LEAST_NOISE)
         return logits.softmax(-1)
 
-    def forward(self, stem: Tensor, paths: list[Tensor]) -> Tensor:
+    def forward(self, stem: Tensor, paths: Sequence[Tensor]) -> Tensor:
         """Mix the stem and the paths, (B, n, D) each; returns (B, n, D)."""
         gates = self.gates(stem).unbind(-1)  # S x (B, n or 1)
         return sum(gate.unsqueeze(-1) * x for gate, x in zip(gates, [stem, *paths], strict=True))
@@ -876,26 +621,22 @@ class SAK(Student):
     Every image can serve every teacher in one pass, since only the small paths differ.
     """
 
-    kind = "sak"
+    routed = False
 
     def __init__(self, cfg: PrismConfig):
-        super().__init__(cfg)
-        hidden, taps = int(cfg.dim * cfg.mlp_ratio), range(len(cfg.moe_blocks))
-        self.blocks = nn.ModuleList(Block(cfg.dim, cfg.heads, hidden) for _ in range(cfg.depth))
-        self.adapters = nn.ModuleDict({
-            name: nn.ModuleList(Adapter(cfg.dim) for _ in range(cfg.depth + 1)) for name in cfg.teachers
-        })
-        self.out_norms = nn.ModuleDict({
-            name: nn.ModuleList(nn.LayerNorm(cfg.dim, eps=1e-5) for _ in taps) for name in cfg.teachers
-        })
-        self.aligners = nn.ModuleDict({
-            name: nn.ModuleList(nn.Linear(cfg.dim, width) for _ in taps)
-            for name, width in cfg.teachers.items() if width != cfg.dim
-        })
-        self.mixers = nn.ModuleDict({
-            task: nn.ModuleList(Mixer(cfg.dim, 1 + len(cfg.teachers)) for _ in taps) for task in cfg.tasks
-        })
-        self.heads = nn.ModuleDict({task: Head(cfg.dim, channels) for task, channels in cfg.tasks.items()})
+        super().__init__(replace(cfg, student="sak"))
+        D, taps = cfg.dim, range(len(cfg.moe_blocks))
+
+        def chains(names, make) -> nn.ModuleDict:
+            return nn.ModuleDict({name: nn.ModuleList(make(name)) for name in names})
+
+        self.blocks = nn.ModuleList(Block(D, cfg.heads, int(D * cfg.mlp_ratio)) for _ in range(cfg.depth))
+        self.adapters = chains(cfg.teachers, lambda _: (Adapter(D) for _ in range(cfg.depth + 1)))
+        self.out_norms = chains(cfg.teachers, lambda _: (nn.LayerNorm(D, eps=1e-5) for _ in taps))
+        self.aligners = chains([t for t, width in cfg.teachers.items() if width != D],
+                               lambda t: (nn.Linear(D, cfg.teachers[t]) for _ in taps))
+        self.mixers = chains(cfg.tasks, lambda _: (Mixer(D, 1 + len(cfg.teachers)) for _ in taps))
+        self.heads = nn.ModuleDict({task: Head(D, channels) for task, channels in cfg.tasks.items()})
         self.init_weights()
 
     def trunk(self, images: Tensor) -> tuple[list[Tensor], dict[str, list[Tensor]]]:
@@ -916,57 +657,39 @@ class SAK(Student):
                 stem.append(x[:, 1:])
         return stem, paths
 
-    def mix(self, task: str, stem: list[Tensor], paths: dict[str, list[Tensor]]) -> list[Tensor]:
-        """Mix what `trunk` returns for a task; returns 4 levels (B, n, D)."""
-        beside = zip(*paths.values(), strict=True) if paths else [()] * len(stem)
-        return [mixer(x, list(p)) for mixer, x, p in zip(self.mixers[task], stem, beside, strict=True)]
-
-    def align(self, paths: dict[str, list[Tensor]], teacher_ids: Tensor) -> dict[str, list[Tensor]]:
-        """Pick the images of each teacher, and map its path to its width where that differs; returns
-        {teacher: 4 x (B_t, n, D_t)}. Empty maps keep a teacher without an image in the graph."""
-        aligned = {}
-        for i, (name, levels) in enumerate(paths.items()):
-            rows = torch.where(teacher_ids == i)[0].to(levels[0].device, non_blocking=True)
-            levels = [level[rows] for level in levels]
-            if name in self.aligners:
-                levels = [a(level) for a, level in zip(self.aligners[name], levels, strict=True)]
-            aligned[name] = levels
-        return aligned
-
-    def as_maps(self, levels: Sequence[Tensor], images: Tensor) -> list[Tensor]:
-        """Lay patch tokens (B, n, D) out as maps (B, D, h, w) of the images' patches."""
-        h = images.shape[-2] // self.cfg.patch
-        return [rearrange(level, "b (h w) d -> b d h w", h=h) for level in levels]
+    def levels(self, images: Tensor, names: Sequence[str]) -> dict[str, list[Tensor]]:
+        """Return {name: 4 levels (B, D, h, w)}: of a teacher its path, of a task what its mixers make."""
+        stem, paths = self.trunk(images)
+        beside = list(zip(*paths.values(), strict=True)) or [()] * len(stem)
+        found = {name: paths[name] if name in paths else
+                 [mixer(*level) for mixer, *level in zip(self.mixers[name], stem, beside, strict=True)]
+                 for name in names}
+        return {name: [self.as_maps(x, images) for x in levels] for name, levels in found.items()}
 
     def forward(self, images: Tensor, teacher_ids: Tensor | None = None, tasks: Sequence[str] = ()) -> Output:
-        """Run stem and paths once, and what teachers and tasks ask of them.
+        """Run stem and paths once, and what teachers and tasks ask of them; levels and routes stay empty.
 
         images (B, 3, H, W) RGB in [0, 1]; teacher_ids int64 (B,), one teacher per image, or (B, K), K
-        teachers per image (all: `torch.arange(K).expand(B, K)`), or None. Levels and routes stay empty.
+        teachers per image (all: `torch.arange(K).expand(B, K)`), or None.
         """
-        stem, paths = self.trunk(images)
-        predicted = {
-            task: self.heads[task](self.as_maps(self.mix(task, stem, paths), images), images.shape[-2:])
-            for task in tasks
-        }
-        aligned = {} if teacher_ids is None else self.align(paths, teacher_ids)
-        return Output({name: self.as_maps(levels, images) for name, levels in aligned.items()},
-                      predicted, [], [])
+        taught = [] if teacher_ids is None else list(self.cfg.teachers)
+        levels = self.levels(images, [*tasks, *taught])
+        predicted = {task: self.heads[task](levels[task], images.shape[-2:]) for task in tasks}
+        distilled = {name: pick_and_map(levels[name], torch.where(teacher_ids == i)[0],
+                                        self.aligners[name] if name in self.aligners else None)
+                     for i, name in enumerate(taught)}
+        return Output(distilled, predicted, [], [])
 
     def features(self, images: Tensor, context: str | Sequence[str]) -> list[Tensor]:
-        """Return 4 levels (B, D, h, w) of RGB images in [0, 1] (B, 3, H, W): under a teacher its path, not
-        aligned, under a task what its mixers make.
-
-        context: one name for all images, or B names. Raises ValueError for an unknown name.
-        """
+        """Return 4 levels (B, D, h, w) as Prism's: under a teacher its path, not aligned."""
         names = [self.contexts[i] for i in self.context_ids(context, len(images)).tolist()]
-        stem, paths = self.trunk(images)
-        levels = {n: paths[n] if n in paths else self.mix(n, stem, paths) for n in set(names)}
+        levels = self.levels(images, sorted(set(names)))
         rows = zip(*([level[i] for level in levels[n]] for i, n in enumerate(names)), strict=True)
-        return self.as_maps([torch.stack(level) for level in rows], images)
+        return [torch.stack(level) for level in rows]
 
 
-STUDENTS = {kind.kind: kind for kind in (Prism, SAK, Dense, Wide, MoE)}
+CONTROLS = {"dense": ("context",), "wide": ("context",), "moe": ("anchor", "shared", "context")}
+STUDENTS = {"prism": Prism, "sak": SAK} | dict.fromkeys(CONTROLS, Prism)
 
 
 def build(cfg: PrismConfig) -> Student:
@@ -1021,32 +744,164 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return total, total - idle
 
 
+# ----------------------------------------------------------------------------------- what makes it fast
+
+# Rows lie sorted by expert; ends (E,) int32 tells where each expert's run ends. One operator, opaque to the
+# compiler, since the sizes of the runs are data. On a GPU it is one kernel, and nothing waits for the host.
+
+
+def grouped(x: Tensor) -> bool:  # what the kernel is for
+    return x.is_cuda and x.dtype == torch.bfloat16
+
+
+def runs(ends: Tensor) -> list[slice]:
+    return [slice(start, end) for start, end in pairwise([0, *ends.tolist()])]
+
+
+@torch.library.custom_op("prism::expert_mlps", mutates_args=())
+def expert_mlps(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, expert: Tensor,
+                ends: Tensor) -> tuple[Tensor, Tensor]:
+    """Run each expert's MLP on its rows x (S, D), by expert (S,); returns (S, D), and z, the GELU's input."""
+    if grouped(x):
+        one_hot = F.one_hot(expert.long(), len(b1)).to(x.dtype)  # (S, E)
+        z = F.grouped_mm(x.contiguous(), w1.transpose(1, 2), offs=ends) + one_hot @ b1
+        return F.grouped_mm(F.gelu(z), w2.transpose(1, 2), offs=ends) + one_hot @ b2, z
+    y, z = torch.empty_like(x), x.new_empty(len(x), w1.shape[1])
+    for e, own in enumerate(runs(ends)):  # both products of an expert in turn: its rows stay in the cache
+        torch.addmm(b1[e], x[own], w1[e].t(), out=z[own])
+        torch.addmm(b2[e], F.gelu(z[own]), w2[e].t(), out=y[own])
+    return y, z
+
+
+@torch.library.custom_op("prism::expert_mlps_backward", mutates_args=())
+def expert_mlps_backward(grad: Tensor, x: Tensor, z: Tensor, w1: Tensor, w2: Tensor, expert: Tensor,
+                         ends: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of x, w1, b1, w2, b2; an expert without rows gets zeros."""
+    if grouped(x):
+        grad, x = grad.contiguous(), x.contiguous()  # the compiler may choose strides that the kernel refuses
+        one_hot = F.one_hot(expert.long(), len(w1)).to(x.dtype)  # adding up by index loses 5 % in bf16
+        d_z = torch.ops.aten.gelu_backward(F.grouped_mm(grad, w2, offs=ends), z)
+        d_w1, d_w2 = (F.grouped_mm(d.t(), u, offs=ends) for d, u in ((d_z, x), (grad, F.gelu(z))))
+        return F.grouped_mm(d_z, w1, offs=ends), d_w1, one_hot.t() @ d_z, d_w2, one_hot.t() @ grad
+    d_x, d_w1, d_w2 = torch.empty_like(x), torch.empty_like(w1), torch.empty_like(w2)
+    d_b1, d_b2 = w1.new_empty(w1.shape[:2]), w2.new_empty(w2.shape[:2])
+    for e, own in enumerate(runs(ends)):
+        d_z = torch.ops.aten.gelu_backward(grad[own] @ w2[e], z[own])
+        for d, u, d_w, d_b in ((grad[own], F.gelu(z[own]), d_w2, d_b2), (d_z, x[own], d_w1, d_b1)):
+            torch.mm(d.t(), u, out=d_w[e])
+            torch.sum(d, 0, out=d_b[e])
+        torch.mm(d_z, w1[e], out=d_x[own])
+    return d_x, d_w1, d_b1, d_w2, d_b2
+
+
+def keep_for_backward(ctx, inputs, output) -> None:
+    x, w1, _, w2, _, expert, ends = inputs
+    ctx.save_for_backward(x, output[1], w1, w2, expert, ends)
+    ctx.set_materialize_grads(False)  # nobody differentiates z
+
+
+expert_mlps.register_autograd(
+    lambda ctx, grad, _: (*expert_mlps_backward(grad.contiguous(), *ctx.saved_tensors), None, None),
+    setup_context=keep_for_backward)
+expert_mlps.register_fake(lambda x, w1, *_: (torch.empty_like(x), x.new_empty(len(x), w1.shape[1])))
+expert_mlps_backward.register_fake(lambda grad, x, z, w1, w2, *_: (
+    torch.empty_like(x), torch.empty_like(w1), w1.new_empty(w1.shape[:2]), torch.empty_like(w2),
+    w2.new_empty(w2.shape[:2])))
+register_flop_formula(torch.ops.prism.expert_mlps)(lambda x, w1, *_, **__: 4 * x[0] * w1[1] * w1[2])
+register_flop_formula(torch.ops.prism.expert_mlps_backward)(
+    lambda grad, x, z, w1, *_, **__: 8 * x[0] * w1[1] * w1[2])
+
+
+class _Reorder(torch.autograd.Function):
+    """Take rows x[index]; `back` undoes it, so that the backward is a gather too, free of atomics.
+
+    x (S, D), index (S * copies,), back (S * copies,): where copy c of row s went, at s * copies + c.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, index: Tensor, back: Tensor, copies: int) -> Tensor:
+        ctx.save_for_backward(back)
+        ctx.copies = copies
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (back,) = ctx.saved_tensors
+        grad = grad.index_select(0, back)
+        if ctx.copies > 1:
+            grad = grad.view(-1, ctx.copies, grad.shape[-1]).sum(1)
+        return grad, None, None, None
+
+
+def convolve_enlarged(tokens: Tensor, weight: Tensor, bias: Tensor, size: tuple[int, int]) -> Tensor:
+    """Enlarge patches (B, h, w, D) to `size` bilinearly, then convolve 3 x 3: (B, D, *size).
+
+    Enlarging and convolving are both linear, and the few patches are all that there is to know. So
+    each of the 3 x 3 taps is applied to patches, where it costs 1/16 (patch 16) of what it costs at a
+    quarter of the pixels; then all taps are enlarged, shifted and added by two matrix products.
+    """
+    (B, h, w, D), (tall, wide) = tokens.shape, size
+    taps = rearrange(weight, "out d i j -> i (j out) d")  # (3, 3 D, D), one matrix per row of taps
+    rows, columns = (shifted_bilinear(n, m, tokens) for n, m in ((h, tall), (w, wide)))
+    x = None
+    for i in range(3):  # the bias rides on the central tap, whose interpolation keeps constants
+        tap = F.linear(tokens, taps[i], F.pad(bias, (D, D)) if i == 1 else None)  # (B, h, w, 3 D)
+        enlarged = torch.bmm(rows[i].expand(B, -1, -1), tap.flatten(2))  # (B, tall, w * 3 D)
+        x = enlarged if x is None else x.add_(enlarged)
+    columns = rearrange(columns, "j wide w -> wide (w j)").expand(B * tall, -1, -1)
+    x = torch.bmm(columns, x.view(B * tall, w * 3, D))  # (B * tall, wide, D)
+    return rearrange(x, "(b y) x d -> b d y x", b=B)  # channels last in memory
+
+
+def shifted_bilinear(n: int, m: int, like: Tensor) -> Tensor:
+    """Return (3, m, n): the matrix that enlarges n values to m bilinearly, then shifts by -1, 0 or 1.
+
+    What a 3 x 3 convolution with zero padding sees of the enlarged map, along one axis.
+    """
+    identity = torch.eye(n, device=like.device, dtype=torch.float64).unsqueeze(0)  # (1, n, n)
+    enlarge = F.interpolate(identity, size=m, mode="linear", align_corners=False)[0].t()  # (m, n)
+    padded = F.pad(enlarge, (0, 0, 1, 1))  # (m + 2, n)
+    return torch.stack([padded[i : i + m] for i in range(3)]).to(like.dtype)
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm over all ranks, on CPU too (SyncBatchNorm needs a GPU), so that N processes equal one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
+            return super().forward(x)
+        x, dtype, count = x.float(), x.dtype, x.numel() // x.shape[1] * dist.get_world_size()
+        sums = all_reduce(torch.stack([x.sum((0, 2, 3)), (x * x).sum((0, 2, 3))]))  # (2, C)
+        mean = sums[0] / count
+        var = sums[1] / count - mean * mean
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (var + self.eps).rsqrt()
+        return (x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(dtype)
+
+
 # -------------------------------------------------------------------------------------- save and load
 
 
-CONTENT = {  # what a training checkpoint holds; one for use alone has the first two
-    "model": dict, "config": dict, "optimizer": dict, "stage": str, "step": int, "steps": int, "seed": int,
-    "provenance": dict,
-}
+def choose_device(name: str | None) -> torch.device:
+    """Return the device that is named, or a GPU if there is one. Raises ValueError."""
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {name}, but torch sees no GPU; use --device cpu")
+    return device
 
 
-def write_file(path: str | Path, write: Callable[[Path], None], previous: Path | None = None) -> None:
-    """Write atomically: write(a temporary file), fsync, rename. The file that was there becomes `previous`.
-
-    Killed at any moment, or out of space, it leaves the old file whole under its name. Raises OSError.
-    """
+def write_file(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Write atomically: write(a temporary file), fsync, rename. Killed at any moment, or out of space, it
+    leaves the old file whole under its name. Raises OSError."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        if previous and path.exists():
-            previous.unlink(missing_ok=True)
-            try:
-                os.link(path, previous)  # a second name: `path` is never missing
-            except OSError:  # a file system without links
-                shutil.copyfile(path, previous)
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch's own follows the one that says why
         first = error.__context__ if isinstance(error.__context__, OSError) else error
@@ -1056,378 +911,85 @@ def write_file(path: str | Path, write: Callable[[Path], None], previous: Path |
         temporary.unlink(missing_ok=True)
 
 
-def write_checkpoint(path: str | Path, content: dict, previous: Path | None = None) -> None:
-    """Write CONTENT, or a part of it, for `read_checkpoint`; see write_file."""
-    def write(temporary: Path) -> None:
-        with open(temporary, "wb") as file:  # a file of Python's: its errors say why
-            torch.save(content, file)
-
-    write_file(path, write, previous)
+def one_line(error: BaseException) -> str:
+    """Shorten an error to its first line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def write_export(path: str | Path, content: dict) -> None:
-    """Write a student to one safetensors file; all but its weights becomes JSON in the metadata."""
+def write_checkpoint(path: str | Path, content: dict) -> None:
+    """Write model, config and plain values for `read_checkpoint`; *.safetensors: without the optimizer."""
+    if Path(path).suffix != ".safetensors":
+        return write_file(path, lambda file: torch.save(content, file))
     state = {k: v.detach().cpu().contiguous() for k, v in content["model"].items()}
     facts = {k: json.dumps(v) for k, v in content.items() if k not in ("model", "optimizer")}
-    facts |= {"format": "prism", "sha256": digest(state, facts)}
     write_file(path, lambda file: save_file(state, file, facts))
 
 
-def digest(state: dict[str, Tensor], facts: dict[str, str]) -> str:
-    """Return the sha256 of an export's names, shapes, weights and metadata: safetensors has no checksum."""
-    total = hashlib.sha256(json.dumps([facts[k] for k in sorted(facts.keys() & CONTENT.keys())]).encode())
-    for name, value in sorted(state.items()):
-        total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        total.update(value.contiguous().flatten().view(torch.uint8).numpy())
-    return total.hexdigest()
+def read_checkpoint(path: str | Path, grid: tuple[int, int] | None = None) -> dict:
+    """Read what `write_checkpoint` wrote; a released file of PRISM or SAK comes back in the same form.
 
-
-def read_export(path: Path) -> dict:
-    """Read what `write_export` wrote. Raises ValueError."""
-    with safe_open(path, "pt") as file:
-        facts, state = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}
-    if facts.get("format") != "prism":
-        raise ValueError("its metadata names no student")
-    if facts.get("sha256") != digest(state, facts):
-        raise ValueError("its sha256 is another than the one it records")
-    return {"model": state, **{k: json.loads(v) for k, v in facts.items() if k in CONTENT}}
-
-
-def read_pickle(path: Path) -> object:
-    """Read what torch.save wrote, plain values and tensors only, if all its parts match their checksums."""
-    with open(path, "rb") as file:
-        if file.read(4) == b"PK\3\4":
-            parts = zipfile.ZipFile(file)
-            if sum(part.file_size for part in parts.infolist()) > path.stat().st_size:
-                raise ValueError("its parts claim more bytes than it has")
-            if bad := parts.testzip():  # torch would not look
-                raise ValueError(f"{bad} fails its checksum")
-    with warnings.catch_warnings(action="ignore"):  # of strangers' pickles
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def read_checkpoint(path: str | Path, grid: tuple[int, int] | None = None,
-                    otherwise: str = "train again or name another") -> dict:
-    """Read a checkpoint of ours, or an export of one: see CONTENT.
-
-    A released file of PRISM or SAK comes back as model and config in our names; grid: see from_released.
-    Raises FileNotFoundError or ValueError with what to do; otherwise: that, if the file is damaged.
+    grid: see from_released. Raises FileNotFoundError or ValueError with what to do.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist; train one with `python train.py`, "
                                 "or name one that does")
     try:
-        content = read_export(path) if path.suffix == ".safetensors" else read_pickle(path)
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                facts = {k: json.loads(v) for k, v in (file.metadata() or {}).items() if k != "format"}
+                content = facts | {"model": {k: file.get_tensor(k) for k in file.keys()}}
+        else:
+            if is_zipfile(path) and (bad := ZipFile(path).testzip()):  # torch does not look
+                raise ValueError(f"{bad} in it differs from its checksum")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        ours, state = "config" in content, content["model"]
     except Exception as error:  # torch raises many kinds; pickle's own text is a page of advice
-        why = "no file of plain weights" if isinstance(error, pickle.UnpicklingError) else one_line(error)
-        raise ValueError(f"checkpoint {path} cannot be read ({why}); it is damaged or no checkpoint: "
-                         f"{otherwise}") from error
-    check_content(content, path, otherwise)
-    if "config" in content:
+        why = "no file of plain weights" if isinstance(error, UnpicklingError) else one_line(error)
+        raise ValueError(f"checkpoint {path} cannot be read ({why}); name one that train.py or prism.save "
+                         "wrote, or that the authors of PRISM or SAK released") from error
+    if ours:
         return content
-    cfg, state = from_released(content["model"], path, grid)
+    cfg, state = from_released(state, path, grid)
     return {"model": state, "config": asdict(cfg)}
 
 
-def check_content(content: object, path: Path, otherwise: str) -> None:
-    """Raise ValueError where a file holds other things than CONTENT, or released weights."""
-    if not isinstance(content, dict) or "model" not in content or not (
-            "config" in content or released_levels(content["model"])[0]):
-        raise ValueError(f"checkpoint {path} holds no model and config of ours; name a file that "
-                         "train.py or prism.save wrote, or one that the authors of PRISM or SAK released")
-    wrong = [f"{k} is a {type(content[k]).__name__}" for k, kind in CONTENT.items()
-             if k in content and not isinstance(content[k], kind)]
-    state = {} if wrong else content["model"]
-    wrong += [f"{str(k)[:80]} is no dense tensor" for k, v in state.items()
-              if not (isinstance(k, str) and is_dense(v))]
-    if not wrong and sum(v.nbytes for v in state.values()) > path.stat().st_size:
-        wrong = ["its tensors claim more bytes than it has"]
-    wrong = wrong or [f"{k} is not finite" for k, v in state.items() if not is_finite(v)]
-    if wrong:
-        raise ValueError(f"checkpoint {path} is none that train.py or prism.save wrote ({wrong[0]}): "
-                         f"{otherwise}")
-
-
-def is_dense(value: object) -> bool:
-    """Tell whether a value is a dense tensor of plain numbers."""
-    kinds = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64)
-    return (torch.is_tensor(value) and value.layout is torch.strided and not value.is_nested
-            and value.dtype in kinds and value.device.type == "cpu")
-
-
-def is_finite(value: Tensor) -> bool:
-    """Tell whether no number of a tensor is nan or infinite, in one pass."""
-    return not value.numel() or all(map(torch.isfinite, torch.aminmax(value)))
-
-
-RELEASED_TEACHERS = ("dinov2", "clip", "sam")  # in the order of the released configs, ids and gates
-RELEASED_TASKS = ("semseg", "human_parts", "normals", "edge", "sal", "depth")  # in the embeddings' order
-RELEASED_VIT = {
-    r"(?:vit|backbone)\.(cls_token|pos_embed)": "{1}",
-    r"(?:vit|backbone)\.patch_embed\.proj\.(weight|bias)": "patch_embed.{1}",
-    r"(?:vit|backbone)\.(blocks\.\d+\.(?:norm[12]|attn\.qkv|attn\.proj)\.(?:weight|bias))": "{1}",
-    r"(?:vit|backbone)\.(blocks\.\d+\.mlp)\.fc1\.(weight|bias)": "{1}.0.{2}",
-    r"(?:vit|backbone)\.(blocks\.\d+\.mlp)\.fc2\.(weight|bias)": "{1}.2.{2}",
-}
-RELEASED_HEADS = {
-    r"heads\.(\w+)\.linears\.(\d)\.(weight|bias)": "heads.{1}.linears.{2}.{3}",
-    r"heads\.(\w+)\.linear_fuse\.(\d)\.(\w+)": "heads.{1}.fuse.{2}.{3}",
-    r"heads\.(\w+)\.last_conv\.(weight|bias)": "heads.{1}.last.{2}",
-}
-
-
-class Released(NamedTuple):
-    """How the released code of one student names its weights."""
-
-    level: str  # keys that only this student has; they tell after which blocks levels are read
-    names: dict[str, str]  # pattern of a key -> our name, {n}: what group n matched; "": not needed
-
-
-RELEASED = {
-    "sak": Released(r"out_norms\.(\d+)_", RELEASED_VIT | RELEASED_HEADS | {
-        r"tsap\.(\w+\.\d+\.(?:scale|(?:down|up)\.(?:weight|bias)))": "adapters.{1}",
-        r"out_norms\.(?P<tap>\d+)_(\w+)\.(weight|bias)": "out_norms.{2}.{tap}.{3}",
-        r"ts_aligners\.(?P<tap>\d+)_(\w+)\.(weight|bias)": "aligners.{2}.{tap}.{3}",
-        r"mor\.(?P<tap>\d+)_(\w+)\.router\.module\.(\d)\.(weight|bias)": "mixers.{2}.{tap}.score.{3}.{4}",
-    }),
-    "prism": Released(r"backbone\.blocks\.(\d+)\.moe_ffn_layer\.", RELEASED_VIT | RELEASED_HEADS | {
-        r"backbone\.(norm\.(?:weight|bias))": "{1}",
-        r"vfm_condition_embeddings\.weight": "teacher_embed",
-        r"task_condition_embeddings\.weight": "task_embed",
-        r"task_composer_weights|task_free_condition_embeddings\.weight": "",
-        r"backbone\.blocks\.\d+\.moe_ffn_layer\.(ortho|variance)_loss_weight": "",
-        r"backbone\.(blocks\.\d+)\.moe_ffn_layer\.experts\.(\d+)\.fc(\d)\.weight": "{1}.experts.{2}.w{3}",
-        r"backbone\.(blocks\.\d+)\.moe_ffn_layer\.experts\.(\d+)\.fc(\d)\.bias": "{1}.experts.{2}.b{3}",
-    } | {
-        rf"backbone\.(blocks\.\d+)\.{theirs}\.(weight|bias)": f"{{1}}.{ours}.{{2}}" for theirs, ours in (
-            ("gate_linear", "gate"),
-            (r"standard_ffn\.fc1", "anchor.0"),
-            (r"standard_ffn\.fc2", "anchor.2"),
-            (r"moe_ffn_layer\.shared_expert\.fc1", "shared.0"),
-            (r"moe_ffn_layer\.shared_expert\.fc2", "shared.2"),
-            (r"moe_ffn_layer\.router\.film_layer\.to_gamma_beta", "router.film"),
-            (r"moe_ffn_layer\.router\.W_gate_stage1", "router.film_gate"),
-            (r"moe_ffn_layer\.router\.W_g_base", "router.logits"),
-            (r"moe_ffn_layer\.router\.W_noise", "router.noise"))
-    } | {
-        rf"vfm_projection_heads\.{i}_(\d)\.net\.(\d)\.(weight|bias)": f"projectors.{name}.{{1}}.{{2}}.{{3}}"
-        for i, name in enumerate(RELEASED_TEACHERS)
-    }),
-}
-
-
-def released_levels(state: object) -> tuple[str, str, list[int]]:
-    """Tell by its keys whose released code wrote a state dict, of either stage.
-
-    Returns the student ("" for none), what stage 2 puts before the keys of stage 1 ("backbone." or ""),
-    and the blocks after which levels are read.
-    """
-    for student, released in RELEASED.items() if isinstance(state, dict) else ():
-        found = [m for key in state if (m := re.match(rf"(backbone\.)?{released.level}", str(key)))]
-        if found:
-            return student, found[0][1] or "", sorted({int(m[2]) for m in found})
-    return "", "", []
-
-
 def is_student(path: str | Path) -> bool:
-    """Tell whether a file holds a student, ours or a released one, rather than a plain ViT."""
-    path = Path(path)
+    """Tell a student's file, ours or a released one, from a plain ViT's."""
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                return (file.metadata() or {}).get("format") == "prism"
-        content = path.suffix == ".pth" and read_pickle(path)
-    except Exception:  # whoever reads it next says what is wrong with it
+        return bool(read_checkpoint(path))
+    except (OSError, ValueError):
         return False
-    released = isinstance(content, dict) and released_levels(content.get("model"))[0]
-    return bool(path.suffix == ".pt" or released)
-
-
-def from_released(state: dict[str, Tensor], path: str | Path,
-                  grid: tuple[int, int] | None = None) -> tuple[PrismConfig, dict[str, Tensor]]:
-    """Give a state dict of released code our names, and infer its config from keys and shapes.
-
-    grid (h, w): what the position table is of, where it has so many rows (default: it is square, or
-    28 x 36). Raises ValueError for a key too many or too few, by name.
-    """
-    student, prefix, levels = released_levels(state)
-    renamed: dict[str, Tensor] = {}
-    for key, value in state.items():
-        name = released_name(key, prefix, student, levels, path)
-        if name in renamed:
-            raise ValueError(f"released weights {path} have {name} (our name) twice, once as {key}; use the "
-                             "file as it was released")
-        if name and value.numel():  # stage 1 has a table of no tasks
-            renamed[name] = value
-    stack_experts(renamed, path)
-    cfg = config_of_released(renamed, student, tuple(levels), path, grid)
-    with torch.device("meta"):
-        own = build(cfg).state_dict()
-    if wrong := sorted(own.keys() ^ renamed.keys()):
-        word = "missing" if wrong[0] in own else "unknown"
-        raise ValueError(f"released weights {path} do not fit {student} ({len(wrong)} keys differ, first "
-                         f"{word}, in our names, {wrong[0]}); use the whole file")
-    return cfg, renamed
-
-
-def released_name(key: str, prefix: str, student: str, levels: list[int], path: str | Path) -> str:
-    """Translate one key of released code, "" for one that is not needed; SAK's blocks `levels` count 0..3
-    here. Raises ValueError."""
-    for theirs, ours in RELEASED[student].names.items():
-        if m := re.fullmatch(theirs, key.removeprefix(prefix)):
-            block = int(m.groupdict().get("tap", -1))
-            tap = levels.index(block) if block in levels else block
-            return ours.format(m[0], *m.groups(), tap=tap)
-    raise ValueError(f"released weights {path} have the unknown key {key}; expected are those of the "
-                     f"released code of {student}, no more")
-
-
-def stack_experts(state: dict[str, Tensor], path: str | Path) -> None:
-    """Replace each block's `experts.0.w1`, `experts.1.w1`, ... by `experts.w1`, in place. Raises ValueError
-    for an expert too many or too few beside the router's."""
-    found: dict[tuple[str, str], dict[int, Tensor]] = {}
-    for key in list(state):
-        if m := re.fullmatch(r"(blocks\.\d+)\.experts\.(\d+)\.(\w+)", key):
-            found.setdefault((m[1], m[3]), {})[int(m[2])] = state.pop(key)
-    for (block, part), own in found.items():
-        ids = range(len(state.get(f"{block}.router.logits.bias", own)))
-        shapes = [tuple(own[e].shape) for e in ids if e in own]
-        wrong = own.keys() ^ set(ids) or {e for e in ids if shapes[e] != shapes[0]}
-        if wrong:
-            raise ValueError(f"released weights {path}: {block}.experts.{min(wrong)}.{part} (our name) is "
-                             f"missing, of another shape, or one too many for the router's {len(ids)} "
-                             "experts; use the whole file")
-        state[f"{block}.experts.{part}"] = torch.stack([own[e] for e in ids])
-
-
-def config_of_released(state: dict[str, Tensor], student: str, levels: tuple[int, ...], path: str | Path,
-                       grid: tuple[int, int] | None = None) -> PrismConfig:
-    """Infer the config of released weights in our names from their shapes. Raises ValueError."""
-    def size(key: str, axis: int = 0) -> int:
-        if key not in state or state[key].ndim <= axis:
-            raise ValueError(f"released weights {path} lack {key} (our name), or one of its dimensions; use "
-                             "the whole file")
-        return state[key].shape[axis]
-
-    dim, patches = size("cls_token", 2), size("pos_embed", 1) - 1
-    if grid is None or math.prod(grid) != patches:
-        grid = (28, 36) if patches == 28 * 36 else (math.isqrt(patches),) * 2  # 448 x 576 px: NYUD
-    if math.prod(grid) != patches:
-        raise ValueError(f"released weights {path}: a position table of {patches} patches is neither square "
-                         "nor 28 x 36; name its rows and columns: prism.load(path, grid=(h, w))")
-    blocks = {int(key.split(".")[1]) for key in state if key.startswith("blocks.")}
-    tasks = {t: size(f"heads.{t}.last.weight")
-             for t in RELEASED_TASKS if any(key.startswith(f"heads.{t}.") for key in state)}
-    cfg = PrismConfig(  # heads, top-k, mean and std are not in the file
-        dim=dim, depth=len(blocks), heads=max(1, dim // 64), patch=size("patch_embed.weight", 3),
-        grid=tuple(grid), moe_blocks=levels, top_k=3, tasks=tasks, mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225), official=True, student=student,
-    )
-    if student == "sak":  # without aligners (dropped, or not needed) a teacher gets the stem's width
-        widths = {t: size(f"aligners.{t}.0.bias") if f"aligners.{t}.0.bias" in state else dim
-                  for t in RELEASED_TEACHERS if f"adapters.{t}.0.scale" in state}
-        return replace(cfg, mlp_ratio=size("blocks.0.mlp.0.bias") / dim, teachers=widths)
-    first = f"blocks.{levels[0]}"
-    return replace(
-        cfg, experts=size(f"{first}.router.logits.bias"), mlp_ratio=size(f"{first}.anchor.0.bias") / dim,
-        expert_ratio=size(f"{first}.shared.0.bias") / dim,
-        teachers={t: size(f"projectors.{t}.0.2.bias") for t in RELEASED_TEACHERS
-                  if any(key.startswith(f"projectors.{t}.") for key in state)},
-    )
 
 
 def config_from(stored: dict, path: str | Path) -> PrismConfig:
-    """Rebuild the config that a checkpoint stores as plain values. Raises ValueError for any that is none."""
-    kinds = get_type_hints(PrismConfig)
-    if unknown := sorted(map(str, stored.keys() - kinds.keys())):
-        raise ValueError(f"checkpoint {path} has unknown settings {', '.join(unknown)}; it was written by "
-                         "another version: update the code or train again")
-    if wrong := [k for k, value in stored.items() if not is_of(value, kinds[k])]:
-        raise ValueError(f"checkpoint {path} has the setting {wrong[0]} = {str(stored[wrong[0]])[:80]!r}, no "
-                         f"{kinds[wrong[0]]}; train again or name another")
-    cfg = PrismConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
+    """Rebuild the config that a checkpoint stores as plain values. Raises ValueError."""
     try:
+        cfg = PrismConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
         check_config(cfg)
-    except ValueError as error:
-        raise ValueError(f"checkpoint {path}: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"checkpoint {path}: {error}; was it written by another version?") from None
     return cfg
 
 
-def is_of(value: object, kind: type) -> bool:
-    """Tell whether a plain value is of an annotated type; a tuple may have become a list, as in JSON."""
-    parts = get_args(kind)
-    if get_origin(kind) is tuple and isinstance(value, tuple | list):
-        parts = parts[:1] * len(value) if parts[-1] is ... else parts
-        return len(value) == len(parts) and all(map(is_of, value, parts))
-    if get_origin(kind) is dict and isinstance(value, dict):
-        return all(is_of(k, parts[0]) and is_of(v, parts[1]) for k, v in value.items())
-    if kind is float:
-        return type(value) in (int, float) and math.isfinite(value)
-    return type(value) is kind and (kind is not int or 0 <= value < 2**20)
-
-
 def load(path: str | Path, device: str = "cpu", grid: tuple[int, int] | None = None) -> Student:
-    """Load a student in eval mode: a checkpoint of ours, an export of one, or a released one of PRISM or SAK.
+    """Load a student in eval mode: a checkpoint of ours, or a released one of PRISM or SAK.
 
-    path: also a URL, which is fetched once. grid (h, w) in patches: resize the position table to it; a
-    released one of just so many patches does not say its rows and columns, and is taken to be of this
-    grid. Raises OSError or ValueError.
+    grid (h, w) in patches: resize the position table to it; a released one of just so many patches does
+    not say its rows and columns, and is taken to be of this grid. Raises OSError or ValueError.
     """
-    file = local_copy(path)
-    try:
-        content = read_checkpoint(file, grid)
-    except ValueError:
-        if str(file) != str(path):
-            file.unlink()  # so that it is fetched again
-        raise
-    cfg, state = config_and_weights(content, file)
-    model = build(cfg)
-    model.load_state_dict(state)
-    if grid is not None and tuple(grid) != cfg.grid:
-        model.pos_embed = nn.Parameter(resize_pos(model.pos_embed.data, cfg.grid, tuple(grid)))
-        model.cfg = replace(cfg, grid=tuple(grid))
+    content = read_checkpoint(path, grid)
+    model = build(config_from(content["config"], path))
+    load_strict(model, content["model"], path)
+    if grid is not None and tuple(grid) != model.cfg.grid:
+        model.pos_embed = nn.Parameter(resize_pos(model.pos_embed.data, model.cfg.grid, tuple(grid)))
+        model.cfg = replace(model.cfg, grid=tuple(grid))
     return model.to(device).eval()
 
 
-def config_and_weights(content: dict, path: str | Path) -> tuple[PrismConfig, dict[str, Tensor]]:
-    """Return what `read_checkpoint` read if its parts fit each other. Raises ValueError."""
-    cfg, state = config_from(content["config"], path), content["model"]
-    if cfg.depth > len(state):
-        raise ValueError(f"checkpoint {path} claims {cfg.depth} blocks, and has {len(state)} tensors; name "
-                         "another")
-    with torch.device("meta"):  # a false config takes no memory
-        check_fit(build(cfg).state_dict(), state, path)
-    return cfg, state
-
-
-def local_copy(path: str | Path) -> Path:
-    """Return a local file; of an http(s) URL a copy, fetched once into $PRISM_CACHE. Raises OSError."""
-    url = str(path)
-    if not url.startswith(("http://", "https://")):
-        return Path(path)
-    cache = Path(os.environ.get("PRISM_CACHE") or "~/.cache/prism").expanduser() / "students"
-    file = cache / f"{hashlib.sha256(url.encode()).hexdigest()[:12]}-{url.partition('?')[0].split('/')[-1]}"
-    if not file.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        try:
-            write_file(file, lambda temporary: fetch(url, temporary))
-        except OSError as error:
-            raise OSError(f"cannot fetch {url} ({one_line(error.__cause__ or error)}); see that it exists "
-                          f"and the network is up, or put the file at {file}") from error
-    return file
-
-
-def fetch(url: str, path: Path) -> None:
-    """Fetch a URL into a file under a progress bar. Raises OSError."""
-    import requests
-    from rich.progress import track
-
-    with requests.get(url, stream=True, timeout=60) as response, open(path, "wb") as file:
-        response.raise_for_status()
-        mib = int(response.headers.get("Content-Length", 0)) / 2**20
-        for chunk in track(response.iter_content(2**20), f"fetching {url}", total=mib or None):
-            file.write(chunk)
+def save(model: Student, path: str | Path) -> None:
+    """Write weights and config to `path`, for `load`: to one safetensors file if it is named so."""
+    write_checkpoint(path, {"model": model.state_dict(), "config": asdict(model.cfg)})
 
 
 def load_strict(model: nn.Module, state: dict[str, Tensor], path: str | Path, new: tuple[str, ...] = (),
@@ -1438,7 +1000,13 @@ def load_strict(model: nn.Module, state: dict[str, Tensor], path: str | Path, ne
     shape, before anything is loaded.
     """
     own = model.state_dict()
-    missing, extra = check_fit(own, state, path, new, dropped)
+    missing, extra = [k for k in own if k not in state], [k for k in state if k not in own]
+    wrong = [k for k in missing if not k.startswith(new)] + [k for k in extra if not k.startswith(dropped)]
+    wrong += [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
+              for k in own if k in state and own[k].shape != state[k].shape]
+    if wrong:
+        raise ValueError(f"weights of {path} do not fit this student ({len(wrong)} keys differ, first "
+                         f"{wrong[0]}); use the size, teachers and tasks that it was trained with")
     model.load_state_dict({**own, **{k: v for k, v in state.items() if k in own}})
     parts = [f"loaded {len(own) - len(missing)}"]
     for word, keys in (("new", missing), ("dropped", extra)):
@@ -1448,20 +1016,97 @@ def load_strict(model: nn.Module, state: dict[str, Tensor], path: str | Path, ne
     return ", ".join(parts)
 
 
-def check_fit(own: dict[str, Tensor], state: dict[str, Tensor], path: str | Path, new: tuple[str, ...] = (),
-              dropped: tuple[str, ...] = ()) -> tuple[list[str], list[str]]:
-    """Return the keys that are new in `own`, and those dropped from `state`. Raises as `load_strict`."""
-    missing = [k for k in own if k not in state]
-    extra = [k for k in state if k not in own]
-    wrong = [k for k in missing if not k.startswith(new)] + [k for k in extra if not k.startswith(dropped)]
-    wrong += [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
-              for k in own if k in state and own[k].shape != state[k].shape]
-    wrong += [f"{k} {state[k].dtype}" for k in own
-              if k in state and own[k].is_floating_point() != state[k].is_floating_point()]
-    if wrong:
-        raise ValueError(f"weights of {path} do not fit this student ({len(wrong)} keys differ, first "
-                         f"{wrong[0]}); use the size, teachers and tasks that it was trained with")
-    return missing, extra
+RELEASED_TEACHERS = ("dinov2", "clip", "sam")  # in the order of the released configs, ids and gates
+RELEASED_TASKS = ("semseg", "human_parts", "normals", "edge", "sal", "depth")  # in the embeddings' order
+RELEASED_NAMES = [  # keys of both released codes, of either stage -> ours: all of these, one after the other
+    (r"^backbone\.(?!blocks|cls_token|pos_embed|patch_embed|norm)", ""),  # what stage 2 puts before stage 1
+    (r"^(vit|backbone)\.", ""),
+    (r".*(task_composer|task_free|ortho_loss|variance_loss).*", ""),  # not needed
+    (r"moe_ffn_layer\.experts\.(\d+)\.fc(\d)\.([wb]).*", r"experts.\1.\3\2"),
+    (r"\.fc1\.", ".0."), (r"\.fc2\.", ".2."), (r"patch_embed\.proj", "patch_embed"),
+    (r"linear_fuse", "fuse"), (r"last_conv", "last"),
+    (r"^tsap\.", "adapters."), (r"^out_norms\.(\d+)_(\w+)", r"out_norms.\2.@\1"),
+    (r"^ts_aligners\.(\d+)_(\w+)", r"aligners.\2.@\1"),
+    (r"^mor\.(\d+)_(\w+)\.router\.module", r"mixers.\2.@\1.score"),
+    (r"moe_ffn_layer\.", ""), (r"shared_expert", "shared"), (r"standard_ffn", "anchor"),
+    (r"gate_linear", "gate"), (r"film_layer\.to_gamma_beta", "film"), (r"W_gate_stage1", "film_gate"),
+    (r"W_g_base", "logits"), (r"W_noise", "noise"),
+    (r"^vfm_condition_embeddings\.weight", "teacher_embed"),
+    (r"^task_condition_embeddings\.weight", "task_embed"),
+    *((rf"^vfm_projection_heads\.{i}_(\d)\.net", rf"projectors.{name}.\1")
+      for i, name in enumerate(RELEASED_TEACHERS)),
+]
+
+
+def from_released(released: dict[str, Tensor], path: str | Path,
+                  grid: tuple[int, int] | None = None) -> tuple[PrismConfig, dict[str, Tensor]]:
+    """Give a state dict of released code our names, and infer its config from keys and shapes.
+
+    grid (h, w): what the position table is of, where it has so many rows (default: it is square, or
+    28 x 36). Raises ValueError for a key too many or too few, by name.
+    """
+    levels, student = [], ""
+    for kind, mark in (("sak", r"out_norms\.(\d+)_"), ("prism", r"blocks\.(\d+)\.moe_ffn_layer\.")):
+        if found := {int(m[1]) for key in released if (m := re.search(mark, key))}:
+            levels, student = sorted(found), kind
+    if not student:
+        raise ValueError(f"{path} holds no weights of the released code of PRISM or SAK; name another file")
+    state: dict[str, Tensor] = {}
+    for key, value in released.items():
+        name = key
+        for theirs, ours in RELEASED_NAMES:
+            name = re.sub(theirs, ours, name)
+        if (m := re.search(r"@(\d+)", name)) and int(m[1]) in levels:
+            name = name.replace(m[0], str(levels.index(int(m[1]))))
+        if name in state:
+            raise ValueError(f"released weights {path} have {name} (our name) twice, once as {key}")
+        if name and value.numel():  # stage 1 has a table of no tasks
+            state[name] = value
+    try:
+        for i in levels if student == "prism" else ():
+            for part in ("w1", "b1", "w2", "b2"):
+                own = [state.pop(f"blocks.{i}.experts.{e}.{part}")
+                       for e in range(len(state[f"blocks.{i}.router.logits.bias"]))]
+                state[f"blocks.{i}.experts.{part}"] = torch.stack(own)
+        cfg = released_config(state, student, tuple(levels), grid)
+        with torch.device("meta"):
+            own = build(cfg).state_dict()
+    except (KeyError, IndexError, RuntimeError) as error:
+        raise ValueError(f"released weights {path} are not whole: {one_line(error)} (our names); use the "
+                         "file as it was released") from error
+    if wrong := sorted(own.keys() ^ state.keys()):
+        word = "missing" if wrong[0] in own else "unknown"
+        raise ValueError(f"released weights {path} do not fit {student} ({len(wrong)} keys differ, first "
+                         f"{word}, in our names, {wrong[0]}); use the whole file")
+    return cfg, state
+
+
+def released_config(state: dict[str, Tensor], student: str, levels: tuple[int, ...],
+                    grid: tuple[int, int] | None) -> PrismConfig:
+    """Infer the config of released weights in our names; heads, top-k, mean and std are not in the file."""
+    size = {key: value.shape for key, value in state.items()}
+    dim, patches = size["cls_token"][2], size["pos_embed"][1] - 1
+    if grid is None or math.prod(grid) != patches:
+        grid = (28, 36) if patches == 28 * 36 else (math.isqrt(patches),) * 2  # 448 x 576 px: NYUD
+    if math.prod(grid) != patches:
+        raise ValueError(f"a position table of {patches} patches is neither square nor 28 x 36; name its "
+                         "rows and columns: prism.load(path, grid=(h, w))")
+    widths = {t: size.get(key, (dim,))[0] for t in RELEASED_TEACHERS  # aligners are left out where not needed
+              for key, mark in ((f"projectors.{t}.0.2.bias", f"projectors.{t}."),
+                                (f"aligners.{t}.0.bias", f"adapters.{t}."))
+              if any(k.startswith(mark) for k in state)}
+    cfg = PrismConfig(
+        dim=dim, depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
+        heads=max(1, dim // 64), patch=size["patch_embed.weight"][3], grid=tuple(grid), moe_blocks=levels,
+        top_k=3, teachers=widths, tasks={task: size[key][0] for task in RELEASED_TASKS
+                                         if (key := f"heads.{task}.last.weight") in size},
+        mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), official=True, student=student)
+    if student == "sak":
+        return replace(cfg, mlp_ratio=size["blocks.0.mlp.0.bias"][0] / dim)
+    first = f"blocks.{levels[0]}"
+    return replace(cfg, experts=size[f"{first}.router.logits.bias"][0],
+                   mlp_ratio=size[f"{first}.anchor.0.bias"][0] / dim,
+                   expert_ratio=size[f"{first}.shared.0.bias"][0] / dim)
 
 
 def start_from_vit(model: Student, state: dict[str, Tensor], path: str | Path) -> str:
@@ -1470,24 +1115,20 @@ def start_from_vit(model: Student, state: dict[str, Tensor], path: str | Path) -
     SAK's stem has no final norm, so that one is dropped. Returns what `load_strict` does. Raises ValueError.
     """
     cfg, renamed = model.cfg, {}
-    dual = cfg.moe_blocks if isinstance(model, Prism) else ()
+    dual = cfg.moe_blocks if model.routed else ()
     first = next((part for part in ("anchor", "shared") if part not in cfg.without), "experts")
     for key, value in state.items():
-        mlp = re.fullmatch(r"blocks\.(\d+)\.mlp\.fc(\d)\.(weight|bias)", key)
-        stream = first if mlp and int(mlp[1]) in dual else "mlp"
-        if stream == "experts":  # the only MLPs of the block
-            key = f"blocks.{mlp[1]}.experts.{mlp[3][0]}{mlp[2]}"
-            value = value.expand(cfg.experts, *value.shape)
-        for theirs, ours in (("mlp.fc1", f"{stream}.0"), ("mlp.fc2", f"{stream}.2"),
-                             ("patch_embed.proj", "patch_embed")):
-            key = key.replace(theirs, ours)
+        key = key.replace("patch_embed.proj", "patch_embed").replace("fc1.", "0.").replace("fc2.", "2.")
+        if (m := re.fullmatch(r"(blocks\.(\d+))\.mlp\.(\d)\.(\w+)", key)) and int(m[2]) in dual:
+            key = f"{m[1]}.{first}.{m[3]}.{m[4]}"
+            if first == "experts":  # the only MLPs of the block
+                key = f"{m[1]}.experts.{m[4][0]}{1 + int(m[3]) // 2}"
+                value = value.expand(cfg.experts, *value.shape)
         if key == "pos_embed":
-            side = math.isqrt(value.shape[1])
-            value = resize_pos(value, (side, side), cfg.grid)
+            value = resize_pos(value, (math.isqrt(value.shape[1]),) * 2, cfg.grid)
         renamed[key] = value
     new = [f"blocks.{i}.{part}." for i in dual for part in ("gate", "shared", "router", "experts")]
-    dropped = ("head.",) if dual else ("head.", "norm.")
-    report = load_strict(model, renamed, path, dropped=dropped, new=(
+    report = load_strict(model, renamed, path, dropped=("head.",) if dual else ("head.", "norm."), new=(
         *new, "teacher_embed", "task_embed", "projectors.", "heads.",
         "adapters.", "out_norms.", "aligners.", "mixers."))
     if dual:
@@ -1495,69 +1136,16 @@ def start_from_vit(model: Student, state: dict[str, Tensor], path: str | Path) -
     return report
 
 
-def save(model: Student, path: str | Path) -> None:
-    """Write weights and config to `path`, for `load`: to one safetensors file if it is named so."""
-    write = write_export if Path(path).suffix == ".safetensors" else write_checkpoint
-    write(path, {"model": model.state_dict(), "config": asdict(model.cfg)})
-
-
-def export(path: Path) -> None:
-    """Write the student of a checkpoint to a safetensors file beside it, with its config and provenance."""
-    content, file = read_checkpoint(path), path.with_suffix(".safetensors")
-    if file == path:
-        raise ValueError(f"{path} is an export already; name a checkpoint of train.py")
-    write_export(file, content)
-    print(f"wrote {file}, {file.stat().st_size / 2**20:.1f} MiB; prism.load({str(file)!r}) reads it")
-
-
-def choose_device(name: str | None) -> torch.device:
-    """Return the device that is named, or a GPU if there is one. Raises ValueError."""
-    gpu = torch.cuda.is_available()
-    try:
-        device = torch.device(name or ("cuda" if gpu else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"device {name!r} is not known; use cpu or cuda") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device {name!r} is not known; use cpu or cuda")
-    count = torch.cuda.device_count() if gpu else 0
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(f"device {name}, but torch sees {count or 'no'} GPU; use --device cpu")
-    return device
-
-
-def one_line(error: BaseException) -> str:
-    """Shorten an error to its first line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-def exit_with_one_line(run, debug: bool) -> None:
-    """Call `run`; turn what a user can cause into one line on stderr and exit code 1.
-
-    SIGTERM ends it as Ctrl-C does, so that worker processes end and temporary files go.
-    """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        run()
-    except KeyboardInterrupt:
-        sys.exit("stopped")
-    except (ValueError, OSError, FloatingPointError) as error:
-        if debug:
-            raise
-        sys.exit(f"{type(error).__name__}: {error}")
-
-
 # ------------------------------------------------------------------------------------------------ main
 
 
 @dataclass
 class Args:
-    """Print the sizes; with --bench, what the experts cost and how it grows; with --export, write a file."""
+    """Print the sizes; with --bench, what the experts cost beside a plain loop and beside their ideal."""
 
-    export: Path | None = None  # write this checkpoint's student to one safetensors file beside it
-    bench: bool = False  # time the experts beside their ideal, forward and backward
-    device: str | None = None  # default: cuda if there is one, else cpu
-    dtype: Literal["float32", "bfloat16"] | None = None  # autocast to it (default: bfloat16 on cuda)
-    compile: bool = False  # torch.compile what compiles without a break (the loops do not)
+    bench: bool = False  # time the experts, forward and backward
+    device: str | None = None  # default: cuda if there is one, else cpu; on cuda in bfloat16
+    compile: bool = False  # torch.compile what compiles without a break (the loop does not)
     tokens: int = 2308  # T
     dim: int = 384  # D; hidden layers are 4 D wide
     experts: int = 15  # E
@@ -1566,15 +1154,14 @@ class Args:
     debug: bool = False  # full traceback on errors
 
 
-class Work(NamedTuple):
-    """One thing to time: a forward pass, and the tensors whose gradients are wanted of it."""
-
-    run: Callable[[], Tensor]
-    wanted: list[Tensor]
-
-    def step(self) -> None:
-        """Go forward and backward; gradients are new tensors, as after zero_grad."""
-        torch.autograd.grad(self.run().float().square().mean(), self.wanted)
+def show(title: str, rows: dict[str, dict]) -> None:
+    """Print {row: {column: value}} as a table."""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    table = Table(title, *columns)
+    for name, row in rows.items():
+        cells = (row.get(column, "") for column in columns)
+        table.add_row(name, *(f"{x:.3f}" if isinstance(x, float) else str(x) for x in cells))
+    Console(width=None if sys.stdout.isatty() else 150).print(table)  # a file has no width of its own
 
 
 def time_interleaved(runs: dict[str, Callable], device: torch.device, repeats: int) -> dict[str, float]:
@@ -1591,151 +1178,58 @@ def time_interleaved(runs: dict[str, Callable], device: torch.device, repeats: i
     return {name: statistics.median(t[2:]) for name, t in times.items()}
 
 
-def kept_mib(work: Work) -> float:
-    """Measure what the forward pass keeps for the backward pass beyond parameters and inputs, MiB."""
-    known, kept = {t.untyped_storage().data_ptr() for t in work.wanted}, {}
-
-    def note(t: Tensor) -> Tensor:
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        work.run()
-    return sum(size for pointer, size in kept.items() if pointer not in known) / 2**20
-
-
-def count_flops(work: Work) -> int:
-    """Count the floating-point operations of the matrix products of one step, forward and backward."""
-    with FlopCounterMode(display=False) as counter:
-        work.run().float().square().mean().backward()  # the counter cannot follow autograd.grad
-    for t in work.wanted:
-        t.grad = None
-    return counter.get_total_flops()
-
-
-def expert_works(args: Args, device: torch.device) -> dict[str, Work]:
-    """Set up ways to compute the same routed experts, and one dense MLP of equal multiply-adds: the ideal."""
-    T, D, E, K = args.tokens, args.dim, args.experts, args.top_k
+def bench(args: Args, device: torch.device) -> None:
+    """Time and count the same experts three ways, and PRISM's whole dual stream beside one wide MLP."""
+    T, D, K, gpu = args.tokens, args.dim, args.top_k, device.type == "cuda"
+    cfg = PrismConfig(dim=D, experts=args.experts, top_k=K)
     torch.manual_seed(0)
     with device:
-        experts, dense = Experts(E, D, 4 * D), MLP(D, 4 * D)
-        separate = nn.ModuleList(MLP(D, 4 * D) for _ in range(E))
-        x, many = torch.randn(T, D, requires_grad=True), torch.randn(T * K, D, requires_grad=True)
-        topk_w, topk_idx = torch.rand(T, E).topk(K)
-    stacked = (experts.w1, experts.b1, experts.w2, experts.b2)
-
-    def masked() -> Tensor:
-        y = torch.zeros_like(x)
-        for e, expert in enumerate(separate):
-            chosen = topk_idx == e  # (T, K)
-            token = chosen.any(1)
-            y[token] += (topk_w * chosen).sum(1)[token].unsqueeze(1) * expert(x[token])
-        return y
-
-    def all_experts(x: Tensor) -> Tensor:
-        w = x.new_zeros(T, E).scatter(1, topk_idx, topk_w)
-        hidden = F.gelu(torch.einsum("td,ehd->eth", x, experts.w1) + experts.b1.unsqueeze(1))
-        y = torch.einsum("eth,edh->etd", hidden, experts.w2) + experts.b2.unsqueeze(1)
-        return torch.einsum("etd,te->td", y, w)
-
-    fast, ideal, every = experts.forward, dense.forward, all_experts
-    if args.compile:
-        fast, ideal, every = (torch.compile(f, fullgraph=True) for f in (fast, ideal, every))
-    return {
-        "plain loop": Work(lambda: experts.plain(x, topk_idx, topk_w), [x, *stacked]),
-        "masked loop, separate parameters": Work(masked, [x, *separate.parameters()]),
-        "all experts on all tokens": Work(lambda: every(x), [x, *stacked]),
-        "sorted dispatch (ours)": Work(lambda: fast(x, topk_idx, topk_w), [x, *stacked]),
-        "ideal: dense MLP on T K rows": Work(lambda: ideal(many), [many, *dense.parameters()]),
+        block, dense, wide = DualStreamBlock(cfg), MLP(D, 4 * D), MLP(D, (8 + 4 * K) * D)
+        x, rows = (torch.randn(n, D, requires_grad=True) for n in (T, T * K))
+        topk_w, topk_idx = torch.rand(T, args.experts).topk(K)
+        context = torch.randn(1, D)
+    runs = {  # each group ends with the dense MLP of equal multiply-adds
+        "plain loop": lambda: block.experts.plain(x, topk_idx, topk_w),
+        "sorted dispatch (ours)": lambda: block.experts(x, topk_idx, topk_w),
+        "ideal: dense MLP on T K rows": lambda: dense(rows),
+        "dual stream, with router and gate": lambda: block.streams(x[None], context)[0],
+        "ideal: dense MLP of equal width": lambda: wide(x),
     }
 
+    def step(run: Callable[[], Tensor]) -> None:
+        run().float().square().mean().backward()
 
-def stream_works(args: Args, device: torch.device) -> dict[str, Work]:
-    """Set up the whole dual stream beside one MLP of its active width: anchor, shared and K experts."""
-    D, rows = args.dim, max(1, args.tokens // 577)
-    cfg = PrismConfig(dim=D, experts=args.experts, top_k=args.top_k)
-    torch.manual_seed(0)
-    with device:
-        block, norm, wide = DualStreamBlock(cfg), nn.LayerNorm(D), MLP(D, (8 + 4 * args.top_k) * D)
-        x = torch.randn(rows, args.tokens // rows, D, requires_grad=True)
-        context = torch.randn(rows, D, requires_grad=True)
-    nn.init.normal_(block.router.film.weight, std=0.02)
-    own = [p for name, p in block.named_parameters() if not name.startswith(("attn", "norm1"))]
-    streams, mlp = (block.streams, wide.forward)
-    if args.compile:
-        streams, mlp = (torch.compile(f, fullgraph=True) for f in (streams, mlp))
-
-    def dual() -> Tensor:
-        y, route = streams(x, context)
-        return torch.cat([y.float().flatten(), route.prob])
-
-    return {"dual stream, with router and gate": Work(dual, [x, context, *own]),
-            "ideal: dense MLP, equal width": Work(lambda: x + mlp(norm(x)), [x, *wide.parameters()])}
-
-
-def grown_works(args: Args, device: torch.device) -> dict[str, Work]:
-    """Set up the dispatch, and again with one size doubled at a time."""
-    ours = "sorted dispatch (ours)"
-    works = {ours: expert_works(args, device)[ours]}
-    for size in ("tokens", "experts", "top_k", "dim"):
-        doubled = replace(args, **{size: 2 * getattr(args, size)})
-        works[f"{size.replace('_', '-')} doubled"] = expert_works(doubled, device)[ours]
-    return works
-
-
-def print_bench(args: Args) -> None:
-    """Time, count and print: the experts, the dual stream, and how cost grows."""
-    from rich.console import Console
-    from rich.table import Column, Table
-
-    if odd := [name for name in ("tokens", "dim", "repeats") if getattr(args, name) < 1]:
-        raise ValueError(f"--{odd[0]} {getattr(args, odd[0])} is not positive; use 1 or more")
-    for most in (args.top_k, 2 * args.top_k):  # as it is, and doubled
-        check_config(PrismConfig(dim=args.dim, heads=1, experts=args.experts, top_k=most))
-    device = choose_device(args.device)
-    gpu = device.type == "cuda"
-    dtype = getattr(torch, args.dtype or ("bfloat16" if gpu else "float32"))
-    console, sizes = Console(), f"T {args.tokens}, D {args.dim}, E {args.experts}, K {args.top_k}"
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        for setup, base in ((expert_works, -1), (stream_works, -1), (grown_works, 0)):
-            works = setup(args, device)
-            ms = time_interleaved({name: work.step for name, work in works.items()}, device, args.repeats)
-            eager = setup(replace(args, compile=False), device)  # the counter cannot look into compiled code
-            flops = {name: count_flops(work) for name, work in eager.items()}
-            first = list(works)[base]
-            columns = ("ms", "ratio", "GFLOP", "ratio", "kept MiB")
-            table = Table(sizes, *(Column(name, justify="right") for name in columns))
-            for name, work in works.items():
-                table.add_row(name, f"{ms[name]:.1f}", f"{ms[name] / ms[first]:.2f}",
-                              f"{flops[name] / 1e9:.1f}", f"{flops[name] / flops[first]:.2f}",
-                              f"{kept_mib(work):.0f}")
-            console.print(table)
+    flops, names = {}, list(runs)
+    with torch.autocast(device.type, torch.bfloat16, enabled=gpu):
+        for name, run in runs.items():  # before compiling: the counter cannot look into compiled code
+            with FlopCounterMode(display=False) as counter:
+                step(run)
+            flops[name] = counter.get_total_flops()
+            if args.compile and name != "plain loop":
+                runs[name] = torch.compile(run, fullgraph=True)
+        ms = time_interleaved({name: partial(step, run) for name, run in runs.items()}, device, args.repeats)
     where = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
-    print(f"forward + backward, {where}, {dtype}, {'compiled' if args.compile else 'eager'}, medians of "
-          f"{args.repeats}; kept: held from forward to backward beyond weights and inputs")
+    how = f"{'bf16' if gpu else 'fp32'}, {'compiled' if args.compile else 'eager'}"
+    print(f"T {T}, D {D}, E {args.experts}, K {K}; forward + backward, {where}, {how}, "
+          f"medians of {args.repeats}")
+    show("", {name: {"ms": ms[name], "over ideal": ms[name] / ms[names[2 if i < 3 else 4]],
+                          "GFLOP": flops[name] / 1e9} for i, name in enumerate(names)})
 
 
 def main(args: Args) -> None:
     """Print sizes and parameter counts, or the benchmark."""
-    from rich.console import Console
-    from rich.table import Table
-
     if args.bench:
-        return print_bench(args)
-    if args.export:
-        return export(args.export)
-    table = Table("size", "width", "depth", "experts", "top-k", "parameters M", "active per token M")
+        return bench(args, choose_device(args.device))
+    rows = {}
     for name, cfg in SIZES.items():
         with torch.device("meta"):
             total, active = count_parameters(Prism(cfg))
-        table.add_row(name, *map(str, (cfg.dim, cfg.depth, cfg.experts, cfg.top_k)),
-                      f"{total / 1e6:.1f}", f"{active / 1e6:.1f}")
-    Console().print(table)
+        rows[name] = {"width": cfg.dim, "depth": cfg.depth, "experts": cfg.experts, "top-k": cfg.top_k,
+                      "parameters M": total / 1e6, "active per token M": active / 1e6}
+    show("size", rows)
     print("--bench times the experts; --help lists all")
 
 
 if __name__ == "__main__":
-    import tyro
-
     cli = tyro.cli(Args, description=__doc__)
-    exit_with_one_line(lambda: main(cli), cli.debug)
+    data.exit_with_one_line(lambda: main(cli), cli.debug)

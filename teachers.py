@@ -2,7 +2,6 @@
 
     python teachers.py                                      # names, sources, licences, what is cached
     python teachers.py dinov2-b sam-b --image photo.jpg     # fetches both, draws what they see
-    python teachers.py --probe                              # what linear probes read off the toys
 
 | names                     | patch, pixels | mean / std      | what their files add to a plain ViT         |
 |---------------------------|---------------|-----------------|---------------------------------------------|
@@ -14,7 +13,7 @@
 | siglip2-{b,l,so400m}      | 16, 384       | .5 / .5         | tanh GELU, no class token                   |
 | sam-{b,l,h}               | 16, 1024      | ImageNet        | windows, relative positions, no class token |
 | augreg-{s,b,l}            | 16, 384       | .5 / .5         | nothing: where students start (--init)      |
-| toy-clip, -dino, -sam     | 8, 64         | .5 / .25        | nothing: raised here, on the rendered world |
+| toy-clip, -dino, -sam     | 8, 64         | .5 / .25        | nothing: trained here, on the rendered world |
 
 A teacher's four levels are the outputs of its blocks at a quarter, half, three quarters and all of the
 depth: patch tokens only, before any final norm. Images of any size: both sides are rounded to whole
@@ -22,6 +21,9 @@ patches by resizing, never by cutting (toys: the shorter side becomes 64). SAM g
 1024 and padding at the bottom and right, which is cut off the map again.
 """
 
+import data  # first: it settles how threads wait, before torch is loaded
+
+# isort: split
 import fcntl
 import functools
 import hashlib
@@ -29,22 +31,14 @@ import inspect
 import json
 import math
 import os
-import queue
 import re
-import shutil
-import sys
 import time
 import warnings
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: see train.py
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import numpy as np
 import requests
@@ -52,15 +46,10 @@ import torch
 import torch.nn.functional as F
 import tyro
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-from rich.table import Table
-from safetensors import SafetensorError
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import data
 import prism
 
 # ---------------------------------------------------------------------------------------- the encoder
@@ -249,7 +238,7 @@ class Layout(NamedTuple):
     unused: str  # regex of their keys that no level needs
     flags: dict  # of EncoderConfig, where config.json does not say otherwise
     prefix: str = ""  # may stand before every name; keys without it then belong to other networks
-    zeros: str = "$^"  # regex of biases that the family does not have
+    zeros: bool = False  # the family has no bias of keys
 
 
 VIT = {"cls": "cls_token", "pos": "pos_embed", "patch_embed": "patch_embed.proj",
@@ -266,9 +255,10 @@ DINOV2 = {"cls": "embeddings.cls_token", "pos": "embeddings.position_embeddings"
 SIGLIP = {"pos": "embeddings.position_embedding.weight", "patch_embed": "embeddings.patch_embedding",
           "norm1": ".layer_norm1", "qkv": ".self_attn.q_proj .self_attn.k_proj .self_attn.v_proj",
           "proj": ".self_attn.out_proj", "norm2": ".layer_norm2", "fc1": ".mlp.fc1", "fc2": ".mlp.fc2"}
+SAM = {"rel_h": ".attn.rel_pos_h", "rel_w": ".attn.rel_pos_w", "fc1": ".mlp.lin1", "fc2": ".mlp.lin2"}
 CLIP_FLAGS = {"eps": 1e-5, "activation": "quick_gelu", "pre_norm": True, "patch_bias": False, **OPENAI}
 DINO_FLAGS = {"layer_scale": True, **IMAGENET}
-TEXT = r"|(text_model|text_projection|visual_projection)\.|logit_scale$|logit_bias$|.*\.position_ids$"
+ENDS = r"(norm|fc_norm|layernorm|post_layernorm|head|neck|ln_post)\.|proj$|.*mask_token$|.*position_ids$"
 
 LAYOUTS = [
     Layout("DINOv3", "layer.0.attention.q_proj.weight", "layer.#", {
@@ -278,46 +268,33 @@ LAYOUTS = [
         "qkv": ".attention.q_proj .attention.k_proj .attention.v_proj", "proj": ".attention.o_proj",
         "norm2": ".norm2", "scale2": ".layer_scale2.lambda1",
         "fc1": ".mlp.up_proj", "fc2": ".mlp.down_proj"},
-        unused=r"norm\.|embeddings\.mask_token", flags=DINO_FLAGS | {"eps": 1e-5, "rope": 100.0},
-        zeros=r".*k_proj\.bias"),
+        ENDS, DINO_FLAGS | {"eps": 1e-5, "rope": 100.0}, zeros=True),
     Layout("DINOv2 giant", "encoder.layer.0.mlp.weights_in.weight", "encoder.layer.#",
-           DINOV2 | {"fc1": ".mlp.weights_in", "fc2": ".mlp.weights_out"},
-           r"layernorm\.|embeddings\.mask_token", DINO_FLAGS),
-    Layout("DINOv2", "encoder.layer.0.layer_scale1.lambda1", "encoder.layer.#", DINOV2,
-           r"layernorm\.|embeddings\.mask_token", DINO_FLAGS),
+           DINOV2 | {"fc1": ".mlp.weights_in", "fc2": ".mlp.weights_out"}, ENDS, DINO_FLAGS),
+    Layout("DINOv2", "encoder.layer.0.layer_scale1.lambda1", "encoder.layer.#", DINOV2, ENDS, DINO_FLAGS),
     Layout("CLIP", "pre_layrnorm.weight", "encoder.layers.#",  # the typo is theirs
-           SIGLIP | {"cls": "embeddings.class_embedding", "pre_norm": "pre_layrnorm"},
-           r"(vision_model\.)?post_layernorm\." + TEXT, CLIP_FLAGS, "vision_model."),
-    Layout("SigLIP", "embeddings.patch_embedding.bias", "encoder.layers.#", SIGLIP,
-           r"(vision_model\.)?(post_layernorm|head)\." + TEXT,
+           SIGLIP | {"cls": "embeddings.class_embedding", "pre_norm": "pre_layrnorm"}, ENDS, CLIP_FLAGS,
+           "vision_model."),
+    Layout("SigLIP", "embeddings.patch_embedding.bias", "encoder.layers.#", SIGLIP, ENDS,
            {"activation": "gelu_tanh", **HALF}, "vision_model."),
-    Layout("CLIP (open_clip)", "visual.ln_pre.weight", "visual.transformer.resblocks.#", {
-        "cls": "visual.class_embedding", "pos": "visual.positional_embedding",
-        "patch_embed": "visual.conv1", "pre_norm": "visual.ln_pre", "norm1": ".ln_1",
-        "qkv": ".attn.in_proj_", "proj": ".attn.out_proj",
-        "norm2": ".ln_2", "fc1": ".mlp.c_fc", "fc2": ".mlp.c_proj"},
-        r"visual\.(ln_post\.|proj$)|(transformer|token_embedding|ln_final)\.|positional_embedding$|"
-        r"text_projection$|logit_scale$|(input_resolution|context_length|vocab_size)$", CLIP_FLAGS),
+    Layout("CLIP (open_clip)", "ln_pre.weight", "transformer.resblocks.#", {
+        "cls": "class_embedding", "pos": "positional_embedding", "patch_embed": "conv1",
+        "pre_norm": "ln_pre", "norm1": ".ln_1", "qkv": ".attn.in_proj_", "proj": ".attn.out_proj",
+        "norm2": ".ln_2", "fc1": ".mlp.c_fc", "fc2": ".mlp.c_proj"}, ENDS, CLIP_FLAGS, "visual."),
     Layout("SAM", "layers.0.attn.rel_pos_h", "layers.#", {
         "pos": "pos_embed", "patch_embed": "patch_embed.projection", "norm1": ".layer_norm1",
-        "qkv": ".attn.qkv", "proj": ".attn.proj", "rel_h": ".attn.rel_pos_h", "rel_w": ".attn.rel_pos_w",
-        "norm2": ".layer_norm2", "fc1": ".mlp.lin1", "fc2": ".mlp.lin2"},
-        r"(vision_encoder\.)?neck\.|(prompt_encoder|mask_decoder|shared_image_embedding)\.",
-        IMAGENET, "vision_encoder."),
-    Layout("SAM (original)", "blocks.0.attn.rel_pos_h", "blocks.#",
-           {k: v for k, v in VIT.items() if k != "cls"} | {
-               "rel_h": ".attn.rel_pos_h", "rel_w": ".attn.rel_pos_w",
-               "fc1": ".mlp.lin1", "fc2": ".mlp.lin2"},
-           r"(image_encoder\.)?neck\.|(prompt_encoder|mask_decoder)\.", IMAGENET, "image_encoder."),
-    Layout("CLIP (timm)", "norm_pre.weight", "blocks.#", VIT | {"pre_norm": "norm_pre"},
-           r"(norm|fc_norm|head)\.", CLIP_FLAGS | {"activation": "gelu"}),
+        "qkv": ".attn.qkv", "proj": ".attn.proj", "norm2": ".layer_norm2", **SAM},
+        ENDS, IMAGENET, "vision_encoder."),
+    Layout("SAM (original)", "blocks.0.attn.rel_pos_h", "blocks.#", VIT | SAM | {"cls": ""}, ENDS, IMAGENET,
+           "image_encoder."),
+    Layout("CLIP (timm)", "norm_pre.weight", "blocks.#", VIT | {"pre_norm": "norm_pre"}, ENDS,
+           CLIP_FLAGS | {"activation": "gelu"}),
     Layout("DINOv2 giant (original)", "blocks.0.mlp.w12.weight", "blocks.#",
-           VIT_DINO | {"fc1": ".mlp.w12", "fc2": ".mlp.w3"}, r"(norm|head)\.|mask_token$", DINO_FLAGS),
+           VIT_DINO | {"fc1": ".mlp.w12", "fc2": ".mlp.w3"}, ENDS, DINO_FLAGS),
     Layout("DINOv2 with registers (timm)", "reg_token", "blocks.#",
-           VIT_DINO | {"registers": "reg_token"}, r"(norm|head)\.|mask_token$", DINO_FLAGS),
-    Layout("DINOv2 (original, timm)", "blocks.0.ls1.gamma", "blocks.#", VIT_DINO,
-           r"(norm|head)\.|mask_token$", DINO_FLAGS),
-    Layout("ViT (timm)", "blocks.0.attn.qkv.weight", "blocks.#", VIT, r"(norm|head)\.", HALF),
+           VIT_DINO | {"registers": "reg_token"}, ENDS, DINO_FLAGS),
+    Layout("DINOv2 (original, timm)", "blocks.0.ls1.gamma", "blocks.#", VIT_DINO, ENDS, DINO_FLAGS),
+    Layout("ViT (timm)", "blocks.0.attn.qkv.weight", "blocks.#", VIT, ENDS, HALF),
 ]
 HEADS = {1152: 16, 1280: 0, 1408: 0, 1664: 0}  # by width, where it is not / 64; 0: families differ
 
@@ -331,70 +308,30 @@ class Weights(NamedTuple):
     path: Path
 
 
-class WeightsFile:
-    """Read a weights file by our names; remember which keys were asked for and which were missing."""
-
-    def __init__(self, weights: Weights):
-        self.file, self.path = weights.tensors, weights.path
-        self.layout = find_layout(self.file, self.path)
-        self.prefix = "" if self.layout.mark in self.file else self.layout.prefix
-        self.used: set[str] = set()
-        self.missing: dict[str, None] = {}  # an ordered set
-
-    def keys(self, ours: str) -> list[str]:
-        """Translate our key, such as blocks.3.qkv.weight, to the keys that are stacked to make it."""
-        path, dot, leaf = ours.rpartition(".") if ours.endswith((".weight", ".bias")) else (ours, "", "")
-        block, _, name = path.rpartition(".")  # blocks.3, qkv
-        block = self.layout.block.replace("#", block.removeprefix("blocks."))
-        theirs = [block + n if n.startswith(".") else n for n in self.layout.names.get(name, "").split()]
-        return [self.prefix + n + ("" if n.endswith("_") else dot) + leaf for n in theirs]
-
-    def get(self, ours: str, needed: bool = True) -> Tensor | None:
-        """Read a weight in float32; None if the file or the whole family lacks it."""
-        keys = self.keys(ours)
-        there = [k for k in keys if k in self.file]
-        absent = [k for k in keys if k not in self.file and not re.match(self.layout.zeros, k)]
-        self.used.update(there)
-        if absent or not there:
-            self.missing |= dict.fromkeys(absent if needed else ())
-            return None
-        zeros = torch.zeros_like(self.file[there[0]])
-        stacked = torch.cat([self.file.get(k, zeros) for k in keys])
-        weight = stacked.float()
-        if not (stacked.is_floating_point() and weight.numel() and weight.sum().isfinite()):
-            self.fail_on(f"{keys[0]} is {stacked.dtype} {tuple(stacked.shape)}, empty or not finite")
-        return weight
-
-    def depth(self) -> int:
-        """Count the blocks."""
-        pattern = re.escape(self.prefix + self.layout.block).replace(r"\#", r"(\d+)") + r"\."
-        return len({m[1] for k in self.file if (m := re.match(pattern, k))})
-
-    def unexpected(self) -> list[str]:
-        """List what nobody asked for, beyond what the family's files hold for other ends."""
-        return [k for k in self.file if k not in self.used and not re.match(self.layout.unused, k)]
-
-    def fail_on(self, *problems: str, unexpected: Sequence[str] = ()) -> None:
-        """Raise ValueError that names problems, missing and unexpected keys, if there are any."""
-        problems = [*problems, *(
-            f"{len(keys)} keys {what} ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})"
-            for what, keys in (("missing", list(self.missing)), ("unexpected", unexpected)) if keys)]
-        if problems:
-            raise ValueError(f"{self.path} looks like {self.layout.family} but does not fit: "
-                             f"{'; '.join(problems)}; layouts known: {layouts_known()}")
-
-
 def layouts_known() -> str:
     return ", ".join(layout.family for layout in LAYOUTS)
 
 
-def find_layout(keys: Collection[str], path: Path) -> Layout:
-    """Recognise a file by its keys. Raises ValueError with the layouts known."""
-    for layout in LAYOUTS:
-        if layout.mark in keys or layout.prefix + layout.mark in keys:
-            return layout
-    raise ValueError(f"{path} has weights of no known layout (first keys: {', '.join(list(keys)[:3])}); "
-                     f"layouts known: {layouts_known()}")
+def rename(file: dict[str, Tensor], layout: Layout) -> tuple[dict[str, Tensor], list[str]]:
+    """Give the weights of a file our names, q, k and v stacked; also list the keys that have no place."""
+    prefix, stacks, odd = "" if layout.mark in file else layout.prefix, {}, []
+    block = re.escape(layout.block).replace(r"\#", r"(\d+)")
+    rules = [(re.compile(f"{block if part[0] == '.' else '()'}{re.escape(part)}\\.?(weight|bias|)"), ours, k)
+             for ours, theirs in layout.names.items() for k, part in enumerate(theirs.split())]
+    for key, tensor in file.items():
+        if not key.startswith(prefix):
+            continue
+        for pattern, ours, k in rules:
+            if match := pattern.fullmatch(key.removeprefix(prefix)):
+                name = ".".join(filter(None, (match[1] and f"blocks.{match[1]}", ours, match[2])))
+                stacks.setdefault(name, {})[k] = tensor.float()
+                break
+        else:
+            odd += [] if re.match(layout.unused, key.removeprefix(prefix)) else [key]
+    for name, stack in stacks.items():
+        if layout.zeros and name.endswith("qkv.bias"):
+            stack.setdefault(1, torch.zeros_like(stack[0]))
+    return {name: torch.cat([stack[k] for k in sorted(stack)]) for name, stack in stacks.items()}, odd
 
 
 def read_encoder(weights: Weights) -> tuple[Encoder, str]:
@@ -402,74 +339,74 @@ def read_encoder(weights: Weights) -> tuple[Encoder, str]:
 
     Sizes come from the shapes, the rest from config.json or the family. Raises ValueError.
     """
-    file = WeightsFile(weights)
+    file, hints, _, path = weights
+    layout = next((x for x in LAYOUTS if x.mark in file or x.prefix + x.mark in file), None)
+    if layout is None:
+        raise ValueError(f"{path} has weights of no known layout (first keys: {', '.join(list(file)[:3])}); "
+                         f"layouts known: {layouts_known()}")
     try:
-        return build_encoder(file, weights.hints), file.layout.family
-    except (RuntimeError, TypeError, LookupError, ArithmeticError) as error:  # shapes of any other rank
-        file.fail_on(f"its shapes do not go together ({prism.one_line(error)})")
+        state, odd = rename(file, layout)
+        missing = [k for k in ("cls", "pos") if layout.names.get(k) and k not in state]
+        encoder = Encoder(describe_encoder(state, layout.flags | hints, path))
+        expected = encoder.state_dict()
+        missing += [k for k in expected if k not in state]
+        odd += [k for k in state if k not in expected]
+        wrong = [f"{k} is {tuple(state[k].shape)} instead of {tuple(v.shape)}"
+                 for k, v in expected.items() if k in state and state[k].shape != v.shape]
+        for keys, what in ((missing, "missing"), (odd, "unexpected")):
+            wrong += [f"{len(keys)} keys {what} ({', '.join(keys[:4])})"] if keys else []
+        if wrong:
+            raise ValueError("; ".join(wrong[:6]))
+        encoder.load_state_dict(state)
+    except (ValueError, RuntimeError, LookupError) as error:
+        raise ValueError(f"{path} looks like {layout.family} but does not fit, by our names: "
+                         f"{prism.one_line(error)}; layouts known: {layouts_known()}") from error
+    return encoder, layout.family
 
 
-def build_encoder(file: WeightsFile, hints: dict) -> Encoder:
-    """Make and fill the encoder of a file with its hints. Raises ValueError, or what odd shapes raise."""
-    flags = file.layout.flags | {k: v for k, v in hints.items() if k != "registers"}
-    if "pre_norm" in flags and "activation" not in hints:
-        warnings.warn(f"{file.path} has no config.json beside it that tells CLIP's activation: "
+def describe_encoder(state: dict[str, Tensor], flags: dict, path: Path) -> EncoderConfig:
+    """Read a config off an encoder's weights by our names; puts prefix and position table together."""
+    if "pre_norm" in flags and "activation" not in flags["told"]:
+        warnings.warn(f"{path} has no config.json beside it that tells CLIP's activation: "
                       f"{flags['activation']} is assumed", stacklevel=4)
-    cls, pos = file.get("cls"), file.get("pos")
-    registers = file.get("registers", needed=hints.get("registers", "rope" in flags))
-    patch, norm, fc1, fc2 = (file.get(f"{name}.weight") for name in (
-        "patch_embed", "blocks.0.norm1", "blocks.0.fc1", "blocks.0.fc2"))
-    file.fail_on()
-    if patch.ndim != 4:
-        file.fail_on(f"patches are embedded by a matrix {tuple(patch.shape)}, not by a convolution")
+    cls, pos, registers = (state.pop(name, None) for name in ("cls", "pos", "registers"))
+    patch, fc1, fc2 = (state[f"{name}.weight"] for name in ("patch_embed", "blocks.0.fc1", "blocks.0.fc2"))
+    dim, depth = len(patch), 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
     prefix = [] if cls is None else [cls.reshape(1, 1, -1)]
-    table = None
     if pos is not None:
-        on_cls, table = split_positions(pos, file)
-        prefix = [token + on_cls for token in prefix]
+        if pos.ndim < 4:
+            pos = pos.reshape(-1, dim)
+            side = math.isqrt(len(pos))
+            on_cls, pos = pos.split([len(pos) - side**2, side**2])
+            if len(on_cls) > 1:
+                raise ValueError(f"{len(on_cls) + side**2} rows of positions, with or without a class token "
+                                 "no square")
+            prefix = [token + on_cls for token in prefix] if len(on_cls) else prefix
+            pos = pos.view(1, side, side, dim)
+        state["pos_embed"] = pos.permute(0, 3, 1, 2)
+    if registers is None and flags.get("registers", "rope" in flags):
+        raise ValueError("the registers are missing")
     prefix += [] if registers is None else [registers]
+    if prefix:
+        state["prefix"] = torch.cat(prefix, 1)
+    grid = (0, 0) if pos is None else tuple(state["pos_embed"].shape[2:])
+    offsets = [state.get(f"blocks.{i}.rel_h") for i in range(depth)]
+    sides = [(len(x) + 1) // 2 for x in offsets if x is not None]
+    if sides:  # SAM: the blocks that see the whole image have relative positions for all of it
+        whole = tuple(i for i, side in enumerate(sides) if side == grid[0])
+        flags |= {"window": min(sides), "global_blocks": whole}
+        flags.setdefault("heads", dim // offsets[0].shape[1])
+    heads = flags.setdefault("heads", HEADS.get(dim, 0 if dim % 64 else dim // 64))
+    if not heads or dim % heads:
+        raise ValueError(f"{heads or 'an unknown number of'} heads do not divide the width {dim}: a "
+                         "config.json beside the file must give num_attention_heads")
     if len(fc1) == 2 * fc2.shape[1]:
         flags["activation"] = "swiglu"
-    dim, depth = len(norm), file.depth()
-    offsets = [x for i in range(depth) if (x := file.get(f"blocks.{i}.rel_h")) is not None]
-    if offsets:  # SAM: the blocks that see the whole image have relative positions for all of it
-        sides = [(len(x) + 1) // 2 for x in offsets]
-        flags |= {"window": min(sides), "global_blocks": tuple(
-            i for i, side in enumerate(sides) if side == table.shape[2])}
-    heads = flags.pop("heads", None) or (
-        dim // offsets[0].shape[1] if offsets else HEADS.get(dim, 0 if dim % 64 else dim // 64))
-    if not heads or dim % heads:
-        file.fail_on(f"{heads or 'an unknown number of'} heads do not divide the width {dim}: a config.json "
-                     "beside the file must give num_attention_heads")
-    cfg = EncoderConfig(
-        dim=dim, depth=depth, heads=heads, hidden=fc2.shape[1], patch=patch.shape[-1],
-        grid=(0, 0) if table is None else tuple(table.shape[2:]),
-        prefix=sum(token.shape[1] for token in prefix),
-        antialias=registers is not None and table is not None, **flags)
-    with torch.device("meta"):  # nothing is allocated before the shapes are compared
-        expected = Encoder(cfg).state_dict()
-    special = {"prefix": torch.cat(prefix, 1) if prefix else None, "pos_embed": table}
-    state = {k: special[k] if k in special else file.get(k) for k in expected}
-    wrong = [f"{' + '.join(file.keys(k)) or k} is {tuple(state[k].shape)} instead of {tuple(own.shape)}"
-             for k, own in expected.items()
-             if state[k] is not None and state[k].shape != own.shape]
-    file.fail_on(*wrong[:4], unexpected=file.unexpected())
-    encoder = Encoder(cfg)
-    encoder.load_state_dict(state)
-    return encoder
-
-
-def split_positions(pos: Tensor, file: WeightsFile) -> tuple[Tensor | float, Tensor]:
-    """Split a position table into the class token's (1, 1, D) or 0, and the patches' (1, D, h, w)."""
-    if pos.ndim == 4:
-        return 0.0, pos.permute(0, 3, 1, 2)
-    pos = pos.reshape(-1, pos.shape[-1])  # (N, D)
-    side = math.isqrt(len(pos))
-    extra = len(pos) - side * side
-    if extra > 1:
-        file.fail_on(f"{file.keys('pos')[0]} has {len(pos)} rows, with or without a class token no square")
-    table = rearrange(pos[extra:], "(h w) d -> 1 d h w", h=side)
-    return (pos[None, :1] if extra else 0.0), table
+    known = {field.name for field in fields(EncoderConfig)}
+    return EncoderConfig(
+        dim=dim, depth=depth, hidden=fc2.shape[1], patch=patch.shape[-1], grid=grid,
+        prefix=sum(token.shape[1] for token in prefix), antialias=registers is not None and pos is not None,
+        **{k: v for k, v in flags.items() if k in known})
 
 
 # -------------------------------------------------------------------------------------------- sources
@@ -546,9 +483,8 @@ REPO = re.compile(r"(?!.*\.(?:safetensors|pth|pt|bin)$)([\w.-]+/[\w.-]+)(?:@([\w
 
 
 def check_source(source: str) -> None:
-    """Raise ValueError for a source that cannot be one, before anything is fetched or raised."""
-    known = source in TOYS or source in SOURCES or Path(source).expanduser().exists()
-    known = known or source.removeprefix("random:") in SOURCES
+    """Raise ValueError for a source that cannot be one, before anything is fetched or trained."""
+    known = source in TOYS or source.removeprefix("random:") in SOURCES or Path(source).expanduser().exists()
     if not known and not REPO.fullmatch(source):
         raise ValueError(f"unknown teacher {source}: no such name, file or folder; names are "
                          f"{', '.join((*TOYS, *SOURCES))}; or give a hub repo as owner/name@revision")
@@ -562,12 +498,13 @@ def read_source(source: str, sha256: str | None = None) -> Weights:
     """
     check_source(source)
     if source in TOYS:
-        raise ValueError(f"{source} is raised, not read from a file; name other weights")
-    path, repo = Path(source).expanduser(), None
+        raise ValueError(f"{source} is trained, not read from a file; name other weights")
+    path, licence = Path(source).expanduser(), "not stated"
     origin = str(path.resolve())
     if source in SOURCES or not path.exists():
         origin = SOURCES[source].repo if source in SOURCES else source
         repo, revision = REPO.fullmatch(origin).groups()
+        licence = {s.repo: s.licence for s in SOURCES.values()}.get(repo, licence)
         path = fetch_repo(repo, revision or "main", sha256)
     if path.is_dir():
         there = [path / name for name in WEIGHTS if (path / name).is_file()]
@@ -577,117 +514,59 @@ def read_source(source: str, sha256: str | None = None) -> Weights:
     with open(path, "rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     record = read_json(path.parent / "source.json")
-    expected = sha256 or (record.get("sha256") if record.get("file") == path.name else None)
-    if expected and str(expected).lower() != digest:
+    expected = sha256 or record.get("sha256", digest)
+    if expected.lower() != digest:
         raise ValueError(f"{path} has sha256 {digest} instead of {expected}; delete it and fetch it again")
-    known = {s.repo: s.licence for s in SOURCES.values()}
     provenance = {"source": origin, "commit": record.get("commit"), "file": path.name,
-                  "sha256": digest, "licence": known.get(repo, "not stated")}
+                  "sha256": digest, "licence": licence}
     return Weights(read_tensors(path), read_hints(path.parent), provenance, path)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read safetensors, or a pickle of plain weights. Raises ValueError."""
     try:
-        if path.suffix == ".safetensors":
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = (load_file(path) if path.suffix == ".safetensors" else
+                   torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # both libraries raise many kinds
-        why = re.sub("\033\\[[0-9;]*m", "", prism.one_line(error))  # torch prints in bold
-        raise ValueError(f"{path} cannot be read as weights ({why}); it is damaged or holds more than "
-                         "weights: delete it and fetch it again") from error
+        raise ValueError(f"{path} cannot be read as weights ({prism.one_line(error)}); it is damaged or "
+                         "holds more than weights: delete it and make or fetch it again") from error
     for wrapper in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if not isinstance(content, dict) or not all(map(is_weight, content, content.values())):
+        content = content.get(wrapper, content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not all(isinstance(x, Tensor) for x in content.values()):
         raise ValueError(f"{path} is no table of weights by name; name a file of weights alone")
     return content
 
 
-def is_weight(name, x) -> bool:
-    """Tell a named tensor of real numbers, each of which is in the file: none that would grow when copied."""
-    return (isinstance(name, str) and isinstance(x, Tensor) and x.layout is torch.strided
-            and x.device.type == "cpu" and not (x.is_complex() or x.is_quantized or x.is_nested)
-            and x.nbytes <= x.untyped_storage().nbytes())
-
-
 def read_json(path: Path) -> dict:
-    """Read a JSON object; {} if there is no such file. Raises ValueError for any other content."""
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(data.read_bytes(path).decode())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON ({error}); fetch it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object; fetch it again")
-    return content
-
-
-def section(config: dict, key: str) -> dict:
-    """Return an object within a config, {} if it has none. Raises ValueError for anything else."""
-    if not isinstance(found := config.get(key, {}), dict):
-        raise ValueError(f"{key} that is no object")
-    return found
-
-
-def is_number(x, least: float, most: float) -> bool:
-    """Tell a number of JSON in [least, most]; true and nan are none."""
-    return type(x) in (int, float) and least <= x <= most
-
-
-def are_colours(x, least: float) -> bool:
-    return isinstance(x, list | tuple) and len(x) == 3 and all(is_number(v, least, 255) for v in x)
-
-
-HINTS = {  # what a config may say, in EncoderConfig's terms
-    "heads": lambda x: type(x) is int and 1 <= x <= 1000, "eps": lambda x: is_number(x, 1e-12, 0.1),
-    "rope": lambda x: is_number(x, 1, 1e9), "registers": lambda x: type(x) is int and 0 <= x <= 1000,
-    "activation": lambda x: x in list(ACTIVATIONS), "mean": lambda x: are_colours(x, -255),
-    "std": lambda x: are_colours(x, 1e-6),
-}
+    """Read a JSON object; {} if there is no such file."""
+    return data.decode_file(path, lambda path: json.loads(path.read_text())) if path.exists() else {}
 
 
 def read_hints(folder: Path) -> dict:
     """Collect from config.json and its like what shapes do not tell, in EncoderConfig's terms.
 
-    Raises ValueError for a value that cannot be.
+    "told": what of it the files themselves said.
     """
-    configs = [read_json(folder / name) for name in SIDECARS]
-    try:
-        hints = collect_hints(*configs)
-        for name, value in hints.items():
-            if not HINTS[name](value):
-                known = f"; known are {', '.join(ACTIVATIONS)}" if name == "activation" else ""
-                raise ValueError(f"{name} {data.printable(str(value))[:60]}{known}")
-    except ValueError as error:
-        raise ValueError(f"{folder} has a config with {prism.one_line(error)}; correct it or fetch it "
-                         "again") from error
-    return hints
-
-
-def collect_hints(config: dict, preprocessor: dict, clip: dict) -> dict:
-    """Translate the three configs, in the order of SIDECARS. Raises ValueError."""
-    vision = section(config, "vision_config") if "vision_config" in config else config
+    config, preprocessor, clip = (read_json(folder / name) for name in SIDECARS)
+    vision, timm = config.get("vision_config", config), config.get("pretrained_cfg", {})
     terms = {"num_attention_heads": "heads", "layer_norm_eps": "eps", "rope_theta": "rope",
-             "num_register_tokens": "registers", "hidden_act": "activation"}
+             "hidden_act": "activation", "num_register_tokens": "registers"}
     hints = {ours: vision[theirs] for theirs, ours in terms.items() if theirs in vision}
     if str(config.get("model_type")).startswith("clip"):
         hints.setdefault("activation", "quick_gelu")  # what transformers takes where a config is silent
-    timm = section(config, "pretrained_cfg")
     if "architecture" in config:  # timm; its first configs of OpenAI's CLIP said nothing of QuickGELU
-        quick = "quickgelu" in str(config["architecture"]) or timm.get("tag") == "openai"
+        quick = "quickgelu" in config["architecture"] or timm.get("tag") == "openai"
         hints["activation"] = "quick_gelu" if quick else "gelu"
     if clip:
-        hints["activation"] = "quick_gelu" if section(clip, "model_cfg").get("quick_gelu") else "gelu"
+        hints["activation"] = "quick_gelu" if clip["model_cfg"].get("quick_gelu") else "gelu"
     if hints.get("activation") == "gelu_pytorch_tanh":
         hints["activation"] = "gelu_tanh"
-    for table, start in ((preprocessor, "image_"), (timm, ""), (section(clip, "preprocess_cfg"), "")):
-        if start + "mean" in table and start + "std" in table:
-            colours = {k: table[start + k] for k in ("mean", "std")}
-            return hints | {k: tuple(v) if isinstance(v, list) else v for k, v in colours.items()}
-    return hints
+    if hints.get("activation", "gelu") not in ACTIVATIONS:
+        raise ValueError(f"{folder}: activation {hints['activation']}; known are {', '.join(ACTIVATIONS)}")
+    for table, start in ((clip.get("preprocess_cfg", {}), ""), (timm, ""), (preprocessor, "image_")):
+        if start + "mean" in table and start + "std" in table:  # the last has the last word
+            hints |= {name: tuple(table[start + name]) for name in ("mean", "std")}
+    return hints | {"told": list(hints)}
 
 
 # ------------------------------------------------------------------------------------------ download
@@ -695,30 +574,9 @@ def collect_hints(config: dict, preprocessor: dict, clip: dict) -> dict:
 SIDECARS = ("config.json", "preprocessor_config.json", "open_clip_config.json")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin",  # the first that the repo has
            "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-TIMEOUT = (10, 60)  # seconds: to connect, and between two reads
-RETRIES, PAUSE = 5, 1.0  # in a row without a new byte; seconds before the first, then twice as many
+RETRIES, PAUSE = 5, 1.0  # tries in a row, seconds before the second; then twice as many each time
 CHUNK = 2**16  # bytes; a line that breaks loses less than one
 BROKEN = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
-
-
-def fetch_repo(repo: str, revision: str = "main", sha256: str | None = None) -> Path:
-    """Return the cache folder of a hub repo with its weights and configs, downloading what is missing.
-
-    sha256: of the weights, checked as they are downloaded. A folder that has one of WEIGHTS is taken as
-    it is, so that it may be filled by hand. Raises FileNotFoundError, and as `download` does.
-    """
-    folder = repo_folder(repo, revision)
-    if not has_weights(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with folder.with_name(f"{folder.name}.lock").open("a") as lock:  # ends with us, kill -9 or not
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"waiting for another process that downloads into {folder}", flush=True)
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            if not has_weights(folder):
-                fill(folder, repo, revision, sha256)
-    return folder
 
 
 def repo_folder(repo: str, revision: str = "main") -> Path:
@@ -726,24 +584,26 @@ def repo_folder(repo: str, revision: str = "main") -> Path:
     return data.cache_folder() / "hub" / repo.replace("/", "--") / revision.replace("/", "--")
 
 
-def has_weights(folder: Path) -> bool:
-    """Tell whether a repo's folder is complete: its weights come last."""
-    return any((folder / name).exists() for name in WEIGHTS)
+def fetch_repo(repo: str, revision: str = "main", sha256: str | None = None) -> Path:
+    """Return the cache folder of a hub repo with its weights and configs, downloading what is missing.
 
-
-def fill(folder: Path, repo: str, revision: str, sha256: str | None) -> None:
-    """Download a repo's configs, then its weights; source.json says where those are from."""
-    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    base = f"{endpoint}/{repo}/resolve/{quote(revision, safe='')}"
-    known = [(folder / name).exists() or download(f"{base}/{name}", folder / name) for name in SIDECARS]
-    for name in WEIGHTS:
-        part = folder / f"{name}.part"
-        if facts := complete(f"{base}/{name}", part, sha256):
-            source = {"repo": repo, "revision": revision, **facts, "file": name, "url": f"{base}/{name}"}
-            (folder / "source.part").write_text(json.dumps(source, indent=1) + "\n")
-            os.replace(folder / "source.part", folder / "source.json")
-            os.replace(part, folder / name)
-            return
+    sha256: of the weights. A folder that has one of WEIGHTS is taken as it is, so that it may be filled by
+    hand. Raises FileNotFoundError, and as `download` does.
+    """
+    folder = repo_folder(repo, revision)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:  # processes of one machine wait for the first
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if any((folder / name).exists() for name in WEIGHTS):
+            return folder
+        endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+        base = f"{endpoint}/{repo}/resolve/{quote(revision, safe='')}"
+        known = [(folder / name).exists() or download(f"{base}/{name}", folder / name) for name in SIDECARS]
+        for name in WEIGHTS:
+            if facts := download(f"{base}/{name}", folder / name, sha256):
+                source = {"repo": repo, "revision": revision, **facts, "file": name}
+                (folder / "source.json").write_text(json.dumps(source, indent=1) + "\n")
+                return folder
     raise FileNotFoundError(f"{repo} at {revision} has none of {', '.join(WEIGHTS)}" + (
         ": choose a repo that has (shards are not read)" if any(known) else
         ", nor a config: check its name and the revision"))
@@ -752,158 +612,64 @@ def fill(folder: Path, repo: str, revision: str, sha256: str | None) -> None:
 def download(url: str, path: Path, sha256: str | None = None) -> dict | None:
     """Fetch one file: resumable, verified, atomic. Returns {"commit", "sha256"}, or None for a 404.
 
-    Raises PermissionError (gated), ConnectionError (offline, or gave up: what has come is kept), OSError
-    (no space, other answers), ValueError (wrong content).
+    Raises PermissionError (gated), ConnectionError (gave up: what has come is kept), OSError, ValueError.
     """
     part = path.with_name(f"{path.name}.part")
-    facts = complete(url, part, sha256)
-    if facts:
-        os.replace(part, path)
-    return facts
-
-
-def complete(url: str, part: Path, sha256: str | None) -> dict | None:
-    """Make `part` whole and verify it; returns and raises as `download` does."""
-    part.parent.mkdir(parents=True, exist_ok=True)
-    earlier, most, failures = part.exists(), 0, 0
-    while True:
+    for attempt in range(1, RETRIES + 1):
         try:
             stated = transfer(url, part)
+            break
         except BROKEN as error:
-            if not failures and error.request and not isinstance(error, requests.ReadTimeout):
-                raise ConnectionError(  # no answer to the very first request
-                    f"no connection to {urlsplit(url).netloc} ({type(error).__name__}): on a connected "
-                    f"machine download {url.rpartition('/')[0]}/{WEIGHTS[0]} and {SIDECARS[0]}, and put "
-                    f"both into {part.parent}") from error
-            size = part.stat().st_size if part.exists() else 0
-            failures = 1 if size > most else failures + 1
-            most = max(most, size)
-            if failures > RETRIES:
-                raise ConnectionError(f"gave up on {url} ({prism.one_line(error)}); {size / 1e6:.1f} MB are "
-                                      "kept, and the same command goes on from there") from error
-            time.sleep(PAUSE * 2 ** (failures - 1))
-            continue
-        if stated is None:
-            return None
-        needed = stated | ({"sha256": sha256.lower()} if sha256 else {})
-        found = {kind: fingerprint(part, kind) for kind in ("bytes", "git sha1", "sha256")
-                 if kind == "sha256" or needed.get(kind)}
-        wrong = [kind for kind in found if needed.get(kind, found[kind]) != found[kind]]
-        if not wrong:
-            return {"commit": stated["commit"], "sha256": found["sha256"]}
+            if attempt == RETRIES:
+                raise ConnectionError(f"gave up on {url} ({prism.one_line(error)}); what came is kept, the "
+                                      f"same command goes on; or put the file into {path.parent}") from error
+            time.sleep(PAUSE * 2 ** (attempt - 1))
+    if stated is None:
+        return None
+    with part.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if (wanted := (sha256 or stated["sha256"] or found).lower()) != found:
         part.unlink()
-        if not earlier:
-            raise ValueError(f"{url} came with {wrong[0]} {found[wrong[0]]}, needed {needed[wrong[0]]}: "
-                             "run again, or check the address and the checksum")
-        earlier = False  # a part from an earlier run may have been another file's: start over, once
-
-
-def fingerprint(path: Path, kind: str) -> int | str:
-    """Return a file's length ("bytes"), or hex digits ("sha256", or "git sha1": of a blob)."""
-    size = path.stat().st_size
-    if kind == "bytes":
-        return size
-    digest = hashlib.sha256() if kind == "sha256" else hashlib.sha1(b"blob %d\0" % size)
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: digest).hexdigest()
+        raise ValueError(f"{url} came with sha256 {found}, needed {wanted}: run again, or check the address")
+    part.replace(path)
+    return {"commit": stated["commit"], "sha256": found}
 
 
 def transfer(url: str, part: Path) -> dict | None:
-    """Add to `part` what it lacks; returns what the hub states (see `read_headers`), None for a 404."""
-    have = part.stat().st_size if part.exists() else 0
-    headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {})}
-    if token := os.environ.get("HF_TOKEN"):
-        headers["Authorization"] = f"Bearer {token}"
+    """Add to `part` what it lacks; returns "commit" and "sha256" as the hub states them, None for a 404."""
+    have, token = part.stat().st_size if part.exists() else 0, os.environ.get("HF_TOKEN")
+    headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {}),
+               **({"Authorization": f"Bearer {token}"} if token else {})}
     # auth: without one, requests replaces the token if ~/.netrc knows the host
-    with requests.get(url, headers=headers, auth=lambda request: request, stream=True,
-                      timeout=TIMEOUT) as response:
+    with requests.get(url, headers=headers, auth=lambda r: r, stream=True, timeout=(10, 60)) as response:
         status = response.status_code
         if status == 404:
             return None
-        check_status(response, url)
-        stated = read_headers(response, url)
-        size = stated["bytes"]
-        if status == 200:
-            have = 0
-        elif not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            part.unlink(missing_ok=True)
-            raise requests.ConnectionError(f"the server has no bytes from {have} on")  # 416, usually
-        lacks, free = (size or 0) - have, shutil.disk_usage(part.parent).free
-        if lacks > free:
-            raise OSError(f"{url} needs {lacks / 2**30:.2f} GiB, {part.parent} has {free / 2**30:.2f} GiB "
-                          "free: make room, or set PRISM_CACHE to a folder on another disk")
-        with part.open("ab" if have else "wb") as file:
-            for chunk in track_bytes(response.iter_content(CHUNK), part.stem, size, have):
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-    if part.stat().st_size < (size or 0):  # urllib3 1 says nothing of it
-        raise requests.ConnectionError(f"the line ended before byte {size}")
-    return stated
+        if status in (401, 403):
+            step = "accept its licence there" + ("" if token else ", then set HF_TOKEN to a token of yours")
+            page = url.partition("/resolve/")[0]
+            raise PermissionError(f"{page} is gated or does not exist ({status}): {step}; or check the name")
+        if status not in (200, 206, 416):
+            kind = requests.ConnectionError if status >= 500 else OSError
+            raise kind(f"{url} answered {status} {response.reason}")
+        if status != 416:  # there is nothing left
+            total = int(response.headers.get("Content-Length", 0)) + (have if status == 206 else 0)
+            chunks = response.iter_content(CHUNK)
+            with part.open("ab" if status == 206 else "wb") as file:
+                for chunk in data.track(chunks, part.stem, total // CHUNK + 1, have // CHUNK):
+                    file.write(chunk)
+            if part.stat().st_size < total:  # urllib3 1 says nothing of it
+                raise requests.ConnectionError(f"the line ended before byte {total}")
+        hub = (response.history or [response])[0].headers  # a store behind it means something else by an ETag
+    digest = re.search("[0-9a-f]{64}", hub.get("X-Linked-Etag") or hub.get("ETag") or "")
+    return {"commit": hub.get("X-Repo-Commit"), "sha256": digest and digest[0]}
 
 
-def check_status(response: requests.Response, url: str) -> None:
-    """Raise for an answer that has no file; for a 5xx what makes `complete` try again."""
-    status, page = response.status_code, url.partition("/resolve/")[0]
-    if status in (401, 403):
-        step = ("the token in HF_TOKEN has no access; accept the licence there with its account"
-                if os.environ.get("HF_TOKEN") else
-                "accept its licence there, then set HF_TOKEN to a token of yours")
-        raise PermissionError(f"{page} is gated or does not exist ({status}): {step}; or check the name")
-    if status >= 500:
-        raise requests.ConnectionError(f"the server answered {status}")
-    if status not in (200, 206, 416):
-        raise OSError(f"{url} answered {status} {response.reason}: try later, or check HF_ENDPOINT")
-
-
-def read_headers(response: requests.Response, url: str) -> dict:
-    """Return what the hub states of a file: "bytes" and "commit" (or None), "sha256" or "git sha1" if any."""
-    answers = [*response.history, response]
-
-    def first(name, among=answers):
-        return next((answer.headers[name] for answer in among if name in answer.headers), "")
-
-    length = "Content-Length" if response.status_code == 200 else "Content-Range"
-    size = first("X-Linked-Size") or response.headers.get(length, "").rpartition("/")[2]
-    own = [answer for answer in answers if urlsplit(answer.url).netloc == urlsplit(url).netloc]
-    etag = first("X-Linked-Etag") or first("ETag", own)  # a store behind the hub means something else by it
-    stated = {"bytes": int(size) if size.isdigit() else None, "commit": first("X-Repo-Commit") or None}
-    if digits := re.fullmatch(r'(?:w/)?"?([0-9a-f]{64}|[0-9a-f]{40})"?', etag.lower()):
-        stated["sha256" if len(digits[1]) == 64 else "git sha1"] = digits[1]
-    return stated
-
-
-def track_bytes(chunks: Iterable[bytes], what: str, total: int | None, done: int) -> Iterator[bytes]:
-    """Pass on chunks under a bar of bytes; without a terminal, plain lines. Below 1 MB: nothing."""
-    terminal, quiet = sys.stdout.isatty(), (total or 0) < 1e6
-    columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-               TimeRemainingColumn())
-    start, begin = done, time.perf_counter()
-    shown = begin
-
-    def say():
-        if not (quiet or terminal):
-            rate = (done - start) / 1e6 / (time.perf_counter() - begin)
-            print(f"{what}: {done / 1e6:.0f}/{total / 1e6:.0f} MB, {rate:.1f} MB/s", flush=True)
-
-    with Progress(*columns, disable=quiet or not terminal) as bar:
-        task = bar.add_task(what, total=total, completed=done)
-        say()
-        for chunk in chunks:
-            yield chunk
-            done += len(chunk)
-            bar.update(task, completed=done)
-            if time.perf_counter() - shown > 10:
-                shown = time.perf_counter()
-                say()
-        say()
-
-
-# ---------------------------------------------------------------------------------- toys: what they see
+# ---------------------------------------------------------------------------------------------- toys
 
 
 class Scenes(NamedTuple):
-    """What the toys are raised on: scenes of the rendered world, all of them or a batch."""
+    """What the toys are trained on: scenes of the rendered world, all of them or a batch."""
 
     images: Tensor  # (B, 3, S, S) uint8 RGB
     labelmaps: Tensor  # (B, S, S) uint8 instance ids: wall 1, floor 2, things above
@@ -919,55 +685,42 @@ class Scenes(NamedTuple):
         return Scenes(*(x.to(device) for x in columns))
 
 
-@functools.lru_cache(1)  # three toys, one reading
 def read_scenes(root: Path) -> Scenes:
     """Read the world's train split."""
     world = data.World(root, "train", cache=False)
     samples = [world.read(i, labels=False) for i in range(len(world))]  # with all labels: four times as long
-    files = [data.sample_paths(root, world.files, sample["name"])["labelmap"] for sample in samples]
-    images = np.stack([sample["image"] for sample in samples])  # (B, S, S, 3)
-    labelmaps = np.stack([data.load_label(path, images.shape[1:3], 255, whole=True, field="LabelMap")
-                          for path in files])
-    return Scenes(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
-                  torch.from_numpy(labelmaps.astype(np.uint8)),
+    paths = [data.sample_paths(root, world.files, name)["labelmap"] for name in world.ids]
+    images = torch.from_numpy(np.stack([sample["image"] for sample in samples]))  # (B, S, S, 3)
+    labelmaps = np.stack([data.load_array(path, "LabelMap").astype(np.uint8) for path in paths])
+    return Scenes(images.permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labelmaps),
                   *caption_tables([sample["caption"] for sample in samples]))
 
 
 def caption_tables(captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return phrases (B, P) bool, places (B, R, 2) int64 and words (P, V) bool of B captions."""
-    parsed = [parse_caption(caption) for caption in captions]
+    """Return phrases (B, P) bool, places (B, R, 2) int64 and words (P, V) bool of B captions.
+
+    "a room with 1 ball, 1 box: a red ball, a blue box; the red ball is left of the blue box" has the
+    phrases "red ball" and "blue box", and the one place ("red ball", "blue box").
+    """
+    parsed = []
+    for caption in captions:
+        listed, *places = caption.partition(": ")[2].split("; ")
+        pairs = []
+        for place in places:
+            one, side, other = re.fullmatch("the (.*) is (left|right) of the (.*)", place).groups()
+            pairs.append((one, other) if side == "left" else (other, one))
+        parsed.append(([thing.split(" ", 1)[1] for thing in listed.split(", ") if thing], pairs))
     phrases = sorted({phrase for found, _ in parsed for phrase in found})
     words = sorted({word for phrase in phrases for word in phrase.split()} - {"a", "in", "pot"})
-    index = {phrase: p for p, phrase in enumerate(phrases)}
-    has = torch.zeros(len(captions), len(phrases), dtype=torch.bool)
+    has = torch.tensor([[phrase in found for phrase in phrases] for found, _ in parsed])
     places = torch.full((len(captions), max(len(pairs) for _, pairs in parsed), 2), -1)
-    for b, (found, pairs) in enumerate(parsed):
-        has[b, [index[phrase] for phrase in found]] = True
+    for b, (_, pairs) in enumerate(parsed):
         for r, pair in enumerate(pairs):
-            places[b, r] = torch.tensor([index[phrase] for phrase in pair])
-    made_of = torch.tensor([[word in phrase.split() for word in words] for phrase in phrases])
-    return has, places, made_of
+            places[b, r] = torch.tensor([phrases.index(phrase) for phrase in pair])
+    return has, places, torch.tensor([[word in phrase.split() for word in words] for phrase in phrases])
 
 
-def parse_caption(caption: str) -> tuple[list[str], list[tuple[str, str]]]:
-    """Split a caption into the phrases that name its things, and pairs (left one, right one).
-
-    "a room with 1 ball, 1 box: a red ball, a blue box; the red ball is left of the blue box" gives
-    (["red ball", "blue box"], [("red ball", "blue box")]).
-    """
-    listed, *places = caption.partition(": ")[2].split("; ")
-    phrases = [thing.split(" ", 1)[1] for thing in listed.split(", ") if thing]
-    pairs = []
-    for place in places:
-        one, left, other = place.removeprefix("the ").partition(" is left of the ")
-        if not left:
-            other, _, one = one.partition(" is right of the ")
-        pairs.append((one, other))
-    return phrases, pairs
-
-
-# --------------------------------------------------------------------------------- toys: objectives
-# Each maps (encoder, pixels (B, 3, H, W) normalised, their scenes) to a loss.
+# Objectives: each maps (encoder, pixels (B, 3, H, W) normalised, their scenes) to a loss.
 
 
 class Contrast(nn.Module):
@@ -1037,8 +790,7 @@ class Masked(nn.Module):
         B, N, D = x.shape
         order = torch.rand(B, N, device=x.device).argsort(1).unsqueeze(-1)  # (B, N, 1)
         seen, hidden = order.split([N - int(N * self.HIDDEN), int(N * self.HIDDEN)], 1)
-        x = x.gather(1, seen.expand(-1, -1, D))
-        x = self.hand_over(self.norm(encoder.run(x)[-1]))
+        x = self.hand_over(self.norm(encoder.run(x.gather(1, seen.expand(-1, -1, D)))[-1]))
         x = self.mask_token.expand(B, N, D).scatter(1, seen.expand(-1, -1, D), x) + self.pos_embed
         hidden = hidden.expand(-1, -1, target.shape[-1])
         return F.mse_loss(self.decoder(x).gather(1, hidden), target.gather(1, hidden))
@@ -1079,11 +831,8 @@ def mask_loss(logits: Tensor, masks: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, y) + dice.mean()
 
 
-# ------------------------------------------------------------------------------------- toys: raising
-
-
 class Toy(NamedTuple):
-    """How a toy is raised. At equal steps Muon was worth 1 to 2 points of semseg to toy-clip and toy-sam."""
+    """How a toy is trained. At equal steps Muon was worth 1 to 2 points of semseg to toy-clip and toy-sam."""
 
     objective: type[nn.Module]
     encoder: EncoderConfig
@@ -1101,157 +850,66 @@ TOYS = {
 }
 
 
-def raise_toy(name: str, toy: Toy, scenes: Scenes, device: str | torch.device = "cpu",
-              follow: Callable | None = None) -> Encoder:
-    """Train an encoder from nothing by a toy's objective. Same settings, same machine: same weights.
-
-    follow: wraps the iterator over steps to report progress (default: a bar).
-    """
+def train_toy(name: str, toy: Toy, scenes: Scenes, device: str | torch.device = "cpu") -> Encoder:
+    """Train an encoder from nothing by a toy's objective. Same settings, same machine: same weights."""
     with torch.random.fork_rng():
         torch.manual_seed(toy.seed)
         encoder = Encoder(toy.encoder).to(device)
         objective = toy.objective(toy.encoder, scenes).to(device)
+        matrices = {p for p in encoder.blocks.parameters() if p.ndim == 2}
         weights = [*encoder.parameters(), *objective.parameters()]
-        optimizers = build_optimizers(encoder, weights, toy)
-        steps = enumerate(shuffled(len(scenes.images), toy))
-        for step, rows in follow(steps) if follow else data.track(steps, f"raising {name}", toy.steps):
+        muon, adam = ([p for p in weights if (p in matrices) == flag] for flag in (True, False))
+        optimizers = {torch.optim.Muon(muon, weight_decay=0.05): toy.matrix_lr,
+                      torch.optim.AdamW(adam, weight_decay=0.05, fused=True): toy.lr}
+        order = torch.empty(0, dtype=torch.int64)
+        for step in data.track(range(toy.steps), f"training {name}", toy.steps):
+            while len(order) < toy.batch_size:
+                order = torch.cat([order, torch.randperm(len(scenes.images))])
+            rows, order = order[: toy.batch_size], order[toy.batch_size :]
             batch = scenes.batch(rows, step % 2 == 1, device)
             loss = objective(encoder, encoder.normalise(batch.images.float() / 255), batch)
             loss.backward()
             nn.utils.clip_grad_norm_(weights, 1.0)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["peak"] * lr_share(step / toy.steps)
+            done = step / toy.steps  # warm-up over 15 %, then cosine
+            share = min(done / 0.15, 0.5 + 0.5 * math.cos(math.pi * max(0, done - 0.15) / 0.85))
+            for optimizer, peak in optimizers.items():
+                optimizer.param_groups[0]["lr"] = peak * share
                 optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad()
     if not torch.isfinite(loss):
         raise FloatingPointError(f"{name} ended with loss {loss.item()}; lower its lr in TOYS")
     return encoder
 
 
-def build_optimizers(encoder: Encoder, weights: list[nn.Parameter], toy: Toy) -> list[torch.optim.Optimizer]:
-    """Make Muon for the matrices of the encoder's blocks, AdamW for everything else."""
-    matrices = [p for p in encoder.blocks.parameters() if p.ndim == 2]
-    chosen = {id(p) for p in matrices}
-    rest = [p for p in weights if id(p) not in chosen]
-    return [torch.optim.Muon([{"params": matrices, "peak": toy.matrix_lr}], weight_decay=0.05),
-            torch.optim.AdamW([{"params": rest, "peak": toy.lr}], weight_decay=0.05, fused=True)]
-
-
-def lr_share(done: float, warmup: float = 0.15) -> float:
-    """Return the share of the peak learning rate when a share of the steps is done: warm-up, cosine."""
-    if done < warmup:
-        return done / warmup
-    return 0.5 + 0.5 * math.cos(math.pi * (done - warmup) / (1 - warmup))
-
-
-def shuffled(count: int, toy: Toy) -> Iterator[Tensor]:
-    """Yield the scenes (batch_size,) of each step, shuffled anew every time they are used up."""
-    order = torch.empty(0, dtype=torch.int64)
-    for _ in range(toy.steps):
-        while len(order) < toy.batch_size:
-            order = torch.cat([order, torch.randperm(count)])
-        yield order[: toy.batch_size]
-        order = order[toy.batch_size :]
-
-
-# ----------------------------------------------------------------------------------- toys: the cache
-
-
-def toy_key(name: str, toy: Toy) -> str:
-    """Hash all that decides a toy's weights: settings, world, and the code that raises it."""
-    code = Path(__file__).read_text().partition("- toys: what they see")[2].partition("- toys: the cache")[0]
-    parts = [Encoder, EncoderBlock, prism.Attention, prism.MLP, prism.Block]
-    settings = {**toy._asdict(), "objective": toy.objective.__name__, "encoder": asdict(toy.encoder)}
-    text = json.dumps([name, settings, data.world_key(data.WorldSettings()), code,
-                       *map(inspect.getsource, parts)])
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
 def toy_path(name: str) -> Path:
-    """Return where the cache keeps a toy."""
-    return data.cache_folder() / f"{name}-{toy_key(name, TOYS[name])}.safetensors"
+    """Return where the cache keeps a toy; its name hashes the settings, the world and the code above."""
+    code = Path(__file__).read_text().partition("- toys\n")[2].partition("def toy_path")[0]
+    parts = [Encoder, EncoderBlock, prism.Attention, prism.MLP, prism.Block]
+    world = data.world_key(data.WorldSettings())
+    text = repr((name, TOYS[name], world, code, *map(inspect.getsource, parts)))
+    key = hashlib.sha256(text.encode()).hexdigest()[:12]
+    return data.cache_folder() / f"{name}-{key}.safetensors"
 
 
-def load_toy(name: str) -> tuple[Encoder, dict]:
-    """Read a toy from the cache; returns it and its provenance. Raises ValueError if it is damaged."""
-    toy, key = TOYS[name], toy_key(name, TOYS[name])
-    encoder = Encoder(toy.encoder)
-    read_weights(toy_path(name), encoder)
-    return encoder, {"kind": "toy", "objective": toy.objective.__name__, "settings": key, "licence": "MIT"}
+def train_missing_toys(names: Sequence[str], device: str | torch.device) -> None:
+    """Train the toys that the cache lacks: on the GPU one by one, else a process and a core for each.
 
-
-def raise_missing(names: Sequence[str], device: str | torch.device) -> None:
-    """Raise the toys that the cache lacks: on the GPU one by one, else a process and a core for each.
-
-    One thread each: two processes take 0.6 of the time of one with two threads. All at once, even on fewer
-    cores: the system shares these out evenly, where a queue would leave one idle at the end.
+    One thread each: two processes take 0.6 of the time of one with two threads.
     """
-    missing = [name for name in names if not toy_path(name).exists()]
-    root = data.render_world() if missing else None
-    if min(data.core_count(), len(missing)) < 2 or torch.device(device).type == "cuda":
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        for name in missing:
-            raise_into_cache(name, root, device)
-        torch.set_num_threads(threads)
-        return
-    context, total = data.process_context(), sum(TOYS[name].steps for name in missing)
-    with context.Manager() as manager, \
-            ProcessPoolExecutor(len(missing), context, torch.set_num_threads, (1,)) as pool:
-        ticks = manager.Queue()
-        jobs = [pool.submit(raise_into_cache, name, root, "cpu", ticks) for name in missing]
-        for _ in data.track(listen(ticks, jobs, total), f"raising {', '.join(missing)}", total):
-            pass
-        for job in jobs:
-            job.result()
+    jobs = [(name, str(device)) for name in names if not toy_path(name).exists()]
+    if jobs:
+        data.render_world()  # once, not in each process
+        print(f"training {', '.join(name for name, _ in jobs)}", flush=True)
+        workers = max(2, len(jobs)) if torch.device(device).type == "cpu" else 1
+        list(data.on_all_cores(train_into_cache, jobs, workers=workers))
 
 
-def listen(ticks, jobs: list[Future], total: int) -> Iterator[None]:
-    """Yield once per step that a process reports; what it raises is raised here."""
-    heard = 0
-    while heard < total:
-        try:
-            ticks.get(timeout=1)
-            heard += 1
-            yield
-        except queue.Empty:
-            for job in jobs:
-                if job.done():
-                    job.result()
-
-
-def raise_into_cache(name: str, root: Path, device: str | torch.device, ticks=None) -> None:
-    """Raise a toy on the world in `root` and write it to the cache; ticks: queue told of every step."""
-    def report(steps):
-        for step in steps:
-            yield step
-            ticks.put(name)
-
-    toy = TOYS[name]
-    encoder = raise_toy(name, toy, read_scenes(root), device, None if ticks is None else report)
-    write_weights(toy_path(name), encoder, {"name": name, "key": toy_key(name, toy)})
-
-
-def write_weights(path: Path, encoder: Encoder, metadata: dict[str, str]) -> None:
-    """Write a safetensors file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    state = {k: v.detach().cpu().contiguous() for k, v in encoder.state_dict().items()}
-    try:
-        save_file(state, temporary, metadata)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_weights(path: Path, encoder: Encoder) -> None:
-    """Fill an encoder from a safetensors file, strictly. Raises ValueError if it is damaged."""
-    try:
-        encoder.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError, OSError) as error:
-        raise ValueError(f"teacher file {path} is damaged ({prism.one_line(error)}); delete it (rm {path}) "
-                         "and run again to make it anew") from error
+def train_into_cache(job: tuple[str, str]) -> None:
+    """Train a toy on a device and write it to the cache, whole or not at all."""
+    name, device = job
+    encoder = train_toy(name, TOYS[name], read_scenes(data.render_world()), device)
+    state = {k: v.cpu().contiguous() for k, v in encoder.state_dict().items()}
+    prism.write_file(toy_path(name), lambda file: save_file(state, file))
 
 
 # ------------------------------------------------------------------------------------------ teachers
@@ -1273,18 +931,13 @@ class Teacher(nn.Module):
             low = max(size // patch, 1) * patch
             raise ValueError(f"teacher size {size} is not a multiple of its patch {patch}; "
                              f"use {low} or {low + patch}")
-        self.encoder, self.size = encoder, size or native
+        self.encoder, self.size, self.width = encoder, size or native, cfg.dim
         self.provenance = {**provenance, "mean": list(cfg.mean), "std": list(cfg.std),
                            "size": self.size or "the image's own"}
         if self.pads and self.size != native:
             self.provenance["approximation"] = f"longest side {size} px instead of {native}"
         self.levels = [(k + 1) * cfg.depth // 4 - 1 for k in range(4)]  # blocks, evenly spaced
         self.eval().requires_grad_(False)
-
-    @property
-    def width(self) -> int:
-        """Channels of the features."""
-        return self.encoder.cfg.dim
 
     def resized(self, H: int, W: int) -> tuple[int, int]:
         """Return height and width in pixels to which an image of H x W is resized."""
@@ -1306,8 +959,9 @@ class Teacher(nn.Module):
         pixels = self.encoder.normalise(images)
         return F.pad(pixels, (0, self.size - size[1], 0, self.size - size[0])) if self.pads else pixels
 
+    @torch.no_grad()
     def blocks(self, pixels: Tensor) -> list[Tensor]:
-        """Return the raw outputs of every block, (B, C, h, w) each, for sized and normalised pixels."""
+        """Return the raw outputs of all blocks (B, C, h, w) for pixels that are normalised and sized."""
         return self.encoder(pixels)
 
     @torch.no_grad()
@@ -1322,7 +976,7 @@ class Teacher(nn.Module):
 
 def load_teacher(source: str, size: int | None = None, device: str | torch.device = "cpu",
                  sha256: str | None = None) -> Teacher:
-    """Load a frozen teacher; what is not in the cache is fetched, a toy is raised (half a minute).
+    """Load a frozen teacher; what is not in the cache is fetched, a toy is trained (half a minute).
 
     source: a short name (`python teachers.py` lists them), random: and such a name (its shape, random
     weights, nothing fetched), a hub repo id, a folder with config.json and weights, or a weights file.
@@ -1330,10 +984,13 @@ def load_teacher(source: str, size: int | None = None, device: str | torch.devic
     Raises ValueError or OSError.
     """
     if source in TOYS:
-        raise_missing([source], device)
-        encoder, provenance = load_toy(source)
+        train_missing_toys([source], device)
+        encoder, path = Encoder(TOYS[source].encoder), toy_path(source)
+        encoder.load_state_dict(read_tensors(path))
+        provenance = {"kind": "toy", "objective": TOYS[source].objective.__name__,
+                      "settings": path.stem.rpartition("-")[2], "licence": "MIT"}
         size = size or encoder.cfg.grid[0] * encoder.cfg.patch
-    elif source.startswith("random:"):
+    elif source.removeprefix("random:") in SOURCES and source not in SOURCES:
         encoder, provenance = random_encoder(source.removeprefix("random:")), {"kind": "random weights"}
     else:
         weights = read_source(source, sha256)
@@ -1342,21 +999,17 @@ def load_teacher(source: str, size: int | None = None, device: str | torch.devic
     return Teacher(encoder, size, provenance).to(device)
 
 
-def split_name(teacher: str) -> tuple[str, str]:
-    """Split name=source; without a name, it is the short name, or made of the source's last part."""
-    if match := re.fullmatch(r"([\w-]+)=(.+)", teacher):
-        return match[1], match[2]
-    return re.sub(r"[^\w-]+", "-", teacher.rstrip("/").rpartition("/")[2]), teacher
-
-
-def check_names(teachers: Sequence[str]) -> None:
-    """Raise ValueError for teachers that are not known or share a name."""
-    names = [split_name(teacher)[0] for teacher in teachers]
-    if len(set(names)) < len(names) or not names:
+def name_sources(teachers: Sequence[str]) -> dict[str, str]:
+    """Split name=source; without a name, it is made of the source's last part. Raises ValueError."""
+    sources = {}
+    for teacher in teachers:
+        name, equals, source = teacher.rpartition("=")
+        sources[name if equals else re.sub(r"[^\w-]+", "-", Path(source).name)] = source
+        check_source(source)
+    if len(sources) < len(teachers) or not sources:
         raise ValueError(f"teachers {' '.join(teachers) or '(none)'}; name each once, at least one "
                          "(two that share a name: other=SOURCE)")
-    for teacher in teachers:
-        check_source(split_name(teacher)[1])
+    return sources
 
 
 class Teachers:
@@ -1367,16 +1020,11 @@ class Teachers:
 
     def __init__(self, names: Sequence[str], device: str | torch.device = "cpu", compile: bool = False,
                  sam_size: int | None = None):
-        check_names(names)
-        sources = dict(split_name(name) for name in names)
-        raise_missing([source for source in sources.values() if source in TOYS], device)
+        sources = name_sources(names)
+        train_missing_toys([source for source in sources.values() if source in TOYS], device)
         self.members = {name: load_teacher(source, device=device) for name, source in sources.items()}
-        if sam_size is not None:
-            sams = {name: teacher for name, teacher in self.members.items() if teacher.pads}
-            if not sams:
-                raise ValueError(f"--sam-size {sam_size}, but no teacher of {' '.join(names)} is a SAM; "
-                                 "leave it out")
-            for name, teacher in sams.items():
+        for name, teacher in self.members.items():
+            if sam_size is not None and teacher.pads:
                 self.members[name] = Teacher(teacher.encoder, sam_size, teacher.provenance).to(device)
         self.widths = {name: teacher.width for name, teacher in self.members.items()}
         self.provenance = {name: teacher.provenance for name, teacher in self.members.items()}
@@ -1404,11 +1052,11 @@ class Teachers:
 def describe(provenance: dict) -> str:
     """Say in one line where a teacher is from and what it is given."""
     keys = ("kind", "source", "objective", "commit", "sha256", "settings", "licence", "approximation", "size")
-    short = provenance | {k: provenance[k][:12] for k in ("commit", "sha256") if provenance.get(k)}
-    return ", ".join(f"{k} {short[k]}" for k in keys if short.get(k) is not None)
+    return ", ".join(f"{k} {str(provenance[k])[:12] if k in ('commit', 'sha256') else provenance[k]}"
+                     for k in keys if provenance.get(k) is not None)
 
 
-# ------------------------------------------------------------------------------------------ pictures
+# --------------------------------------------------------------------------- pictures, command line
 
 
 def pca_picture(level: Tensor, base: Tensor | None = None) -> tuple[np.ndarray, float]:
@@ -1430,45 +1078,45 @@ def pca_picture(level: Tensor, base: Tensor | None = None) -> tuple[np.ndarray, 
     return (255 * y).round().byte().view(*level.shape[1:], 3).numpy(), share.item()
 
 
-def draw_features(photos: dict[str, np.ndarray], members: dict[str, Teacher], cell: int = 256) -> Image.Image:
-    """Draw per photo and teacher a row: the photo, then its four levels, see `pca_picture`."""
-    rows = [(name, photo, who) for name, photo in photos.items() for who in members]
-    heights = [round(cell * photo.shape[0] / photo.shape[1]) for _, photo, _ in rows]
-    sheet = Image.new("RGB", (5 * (cell + 8) + 8, sum(heights) + 52 * len(rows) + 8), "white")
-    pen, font, top = ImageDraw.Draw(sheet), ImageFont.load_default(15), 8
-    for (name, photo, who), height in zip(rows, heights, strict=True):
-        teacher = members[who]
-        image = torch.from_numpy(photo).permute(2, 0, 1)[None].float() / 255
+def draw_features(photo: np.ndarray, members: dict[str, Teacher], side: int = 256) -> Image.Image:
+    """Draw a row per teacher: the photo, then its four levels, see `pca_picture`."""
+    image, rows = torch.from_numpy(photo).permute(2, 0, 1)[None].float() / 255, []
+    for name, teacher in members.items():
         levels = teacher.features(image.to(teacher.encoder.mean.device))
-        h, w = levels[0].shape[-2:]
-        pen.text((8, top), f"{name} as {who} sees it: {h} x {w} patches of {teacher.width} channels; red, "
-                 "green and blue are the three main components of each level", "black", font)
-        cells = [(f"{photo.shape[1]} x {photo.shape[0]} pixels", photo)]
-        for block, level in zip(teacher.levels, levels, strict=True):
-            picture, share = pca_picture(level[0].float().cpu())
-            of = teacher.encoder.cfg.depth
-            cells.append((f"block {block + 1} of {of}: {100 * share:.0f} % of the variance", picture))
-        for column, (title, picture) in enumerate(cells):
-            x = 8 + column * (cell + 8)
-            pen.text((x, top + 22), title, (90, 90, 90), font)
-            how = Image.Resampling.NEAREST if column else Image.Resampling.LANCZOS
-            sheet.paste(Image.fromarray(picture).resize((cell, height), how), (x, top + 42))
-        top += height + 52
-    return sheet
+        pictures, shares = zip(*(pca_picture(level[0].float().cpu()) for level in levels), strict=True)
+        (h, w), held = levels[0].shape[-2:], ", ".join(f"{100 * share:.0f}" for share in shares)
+        text = (f"{name}: {h} x {w} patches of {teacher.width} channels; red, green and blue are the three "
+                f"main components and hold {held} % of the variance")
+        rows.append((text, [photo, *pictures]))
+    return data.sheet(["photo", *(f"level {k + 1} of 4" for k in range(4))], rows, side)
 
 
-# ------------------------------------------------------------------------------------------------ main
+def list_teachers() -> None:
+    """Print names, sources, sizes, licences, and what the cache holds."""
+    rows = {}
+    for name, toy in TOYS.items():
+        cfg = toy.encoder
+        rows[name] = {"weights": f"trained here: {toy.objective.__name__}",
+                      "width x depth": f"{cfg.dim} x {cfg.depth}", "patch": cfg.patch,
+                      "pixels": cfg.patch * cfg.grid[0], "licence": "MIT",
+                      "cached": "yes" if toy_path(name).exists() else ""}
+    for name, s in SOURCES.items():
+        cached = any((repo_folder(s.repo) / file).exists() for file in WEIGHTS)
+        rows[name] = {"weights": s.repo, "width x depth": f"{s.width} x {s.depth}", "patch": s.patch,
+                      "pixels": s.pixels, "licence": s.licence, "cached": "yes" if cached else ""}
+    prism.show("name", rows)
+    print(f"cache: {data.cache_folder()}\nA hub repo, folder or file of your own works, too, in one of these "
+          "layouts: " + layouts_known())
 
 
 @dataclass
 class Args:
-    """List the teachers; or fetch some and show what they see in photos."""
+    """List the teachers; or fetch some and show what they see in a photo."""
 
     names: tyro.conf.Positional[tuple[str, ...]] = ()  # short names, hub repos, folders or weights files
-    image: tuple[Path, ...] = ()  # photos whose levels are drawn into OUT_DIR/features.png
+    image: Path | None = None  # photo whose levels are drawn into OUT_DIR/features.png
     size: int | None = None  # input pixels: longest side for SAM, else the shorter one
     sha256: str | None = None  # what the weights file of the one teacher named must have
-    probe: bool = False  # print what linear probes read off the toys, beside an untrained one
     out_dir: Path = Path("out")  # for the picture
     device: str | None = None  # default: cuda if there is one, else cpu
     debug: bool = False  # full traceback on errors
@@ -1476,74 +1124,21 @@ class Args:
 
 def main(args: Args) -> None:
     """Do what the arguments ask for, the list if nothing."""
-    if (args.image or args.sha256) and not args.names:
-        raise ValueError("--image and --sha256 need a teacher; name one, such as dinov2-b")
+    if not args.names:
+        return list_teachers()
     if args.sha256 and len(args.names) > 1:
         raise ValueError(f"one --sha256 for {len(args.names)} teachers; name one")
-    data.check_flags(args, {"size": (1, 2**14)})
-    for source in args.names:
-        check_source(source)
-    device = prism.choose_device(args.device)
-    photos = {path.name: data.read_photo(path) for path in args.image}
-    if photos:
+    device, members = prism.choose_device(args.device), {}
+    photo = data.read_photo(args.image) if args.image else None
+    for name, source in name_sources(args.names).items():
+        members[name] = load_teacher(source, args.size, device, args.sha256)
+        print(f"{name}: {describe(members[name].provenance)}", flush=True)
+    if photo is not None:
         args.out_dir.mkdir(parents=True, exist_ok=True)
-    raise_missing([source for source in args.names if source in TOYS], device)
-    members = {}
-    for source in args.names:
-        members[source] = load_teacher(source, args.size, device, args.sha256)
-        print(f"{source}: {describe(members[source].provenance)}", flush=True)
-    if photos:
-        draw_features(photos, members).save(args.out_dir / "features.png")
-        print(f"{args.out_dir / 'features.png'}: {len(photos)} photos, {len(members)} teachers")
-    if args.probe:
-        probe_toys(device)
-    elif not args.names:
-        list_teachers()
-
-
-def list_teachers() -> None:
-    """Print names, sources, sizes, licences, and what the cache holds."""
-    table = Table("name", "weights", "width x depth", "M", "patch", "pixels", "licence", "cached",
-                  title=f"teachers; cache: {data.cache_folder()}")
-    for name, toy in TOYS.items():
-        cfg, path = toy.encoder, toy_path(name)
-        table.add_row(name, f"raised here: {toy.objective.__name__}", f"{cfg.dim} x {cfg.depth}",
-                      f"{8e-6 * cfg.dim**2 * cfg.depth:.1f}", str(cfg.patch), str(cfg.patch * cfg.grid[0]),
-                      "MIT", megabytes([path]))
-    for name, s in SOURCES.items():
-        files = [repo_folder(s.repo) / file for file in WEIGHTS]
-        table.add_row(name, s.repo, f"{s.width} x {s.depth}", f"{12e-6 * s.width**2 * s.depth:.0f}",
-                      str(s.patch), str(s.pixels), s.licence, megabytes(files))
-    console = Console(width=None if sys.stdout.isatty() else 150)
-    console.print(table)
-    print("M: about so many million weights in the blocks. A hub repo, folder or file of your own works, "
-          f"too, in one of these layouts: {layouts_known()}")
-
-
-def megabytes(paths: Sequence[Path]) -> str:
-    """Add up the sizes of the files that exist."""
-    total = sum(path.stat().st_size for path in paths if path.exists())
-    return f"{total / 1e6:.1f} MB" if total else ""
-
-
-def probe_toys(device: torch.device) -> None:
-    """Print what linear probes read off each toy, beside an untrained one of the same shape."""
-    import eval  # here alone: a module that train.py needs must not need eval.py
-
-    root = data.render_world()
-    raise_missing(list(TOYS), device)
-    members = {"untrained": untrained()} | {name: load_teacher(name) for name in TOYS}
-    features = {name: teacher.features for name, teacher in members.items()}
-    eval.probe_table(features, data.World(root, "probe"), data.World(root, "val"))
-
-
-def untrained() -> Teacher:
-    """Make a toy that has learned nothing: the floor of the table."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return Teacher(Encoder(EncoderConfig()), 64, {"kind": "untrained"})
+        draw_features(photo, members).save(args.out_dir / "features.png")
+        print(f"{args.out_dir / 'features.png'}: {args.image}, {len(members)} teachers")
 
 
 if __name__ == "__main__":
     args = tyro.cli(Args)
-    prism.exit_with_one_line(lambda: main(args), args.debug)
+    data.exit_with_one_line(lambda: main(args), args.debug)
