@@ -4,7 +4,7 @@
     python data.py --show /data/PASCALContext
     python data.py --check /data/NYUDv2      or "tars:/data/shard-{0000..0123}.tar" (stage 1: any images)
 
-Folder layout: PASCAL-Context as its multi-task archives ship it; the world adds the last three
+Folder layout: PASCAL-Context as multi-task archives ship it (world: also the last three, png for mat)
     JPEGImages/<id>.jpg               RGB
     pascal-context/trainval/<id>.mat  LabelMap, ids 1..459 (world: instance ids)
     semseg/VOC12|pascal-context/<id>.png  class ids, 255 = void; VOC12 is used where it exists
@@ -41,6 +41,7 @@ its layout. `read` adds labelmap (H, W) int32, whose boundaries are scored (NYUD
 the world also instance (the same array, PASCAL layout only), caption and things.
 """
 
+import ast
 import glob
 import hashlib
 import itertools
@@ -64,8 +65,7 @@ from typing import Literal, NamedTuple
 
 if sys.version_info < (3, 11):  # noqa: UP036
     sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}")
-# Threads that spin long at barriers starve beside other processes, threads that sleep at once take 1.4 times
-# as long on an idle machine; a spin of microseconds has neither cost. Read when torch is loaded.
+# Threads that spin long starve beside other processes, those that sleep at once are slow. Read by torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
@@ -75,10 +75,11 @@ import torch.nn.functional as F
 import tyro
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from rich import progress
-from scipy.io import loadmat, savemat
+from scipy.io import loadmat
 from torch.utils.data import DataLoader, Dataset
 
 warnings.filterwarnings("ignore", module="PIL")  # odd EXIF and palettes, by the thousand
+Image.MAX_IMAGE_PIXELS = 2**29  # telephones make 2e8
 
 # ------------------------------------------------------------------------------------ what every script needs
 
@@ -122,6 +123,10 @@ def exit_with_one_line(run: Callable[[], int | None], debug: bool) -> None:
         sys.exit(run())
     except KeyboardInterrupt:
         sys.exit("stopped")
+    except (MemoryError, RuntimeError) as error:
+        if debug or not re.search("allocate memory|out of memory", str(error) or "out of memory"):
+            raise
+        sys.exit("out of memory: lower --batch-size, or raise --accumulate (train.py)")
     except (ValueError, OSError, FloatingPointError) as error:
         if debug:
             raise
@@ -564,14 +569,8 @@ def describe(scene, instance):
 def render(seed: int, index: int, size: int) -> dict:
     """Render one scene of the world; what is in it depends on (seed, index) alone.
 
-    image        (S, S, 3) uint8 RGB
-    semseg       (S, S)    uint8 index into CLASSES; the ceiling is wall
-    instance     (S, S)    uint8 wall 1, floor 2, things 16 * class + k
-    human_parts  (S, S)    uint8 index into PARTS
-    sal          (S, S)    uint8 {0, 1}
-    normals      (S, S, 3) float32 unit, camera frame: x right, y up, z towards the camera
-    depth        (S, S)    float32 metres along the optical axis (z, not ray length)
-    caption, things        str, list of the visible things, largest first
+    Returns what a sample holds, see the top; semseg and human_parts (S, S) uint8, indices into CLASSES
+    and PARTS; instance (S, S) uint8: wall and ceiling 1, floor 2, things 16 * class + k.
     """
     scene = furnish(Scene(seed, index))
     prims, pixel = place(scene), np.float32(1 / (scene.focal * size))
@@ -607,7 +606,7 @@ def render(seed: int, index: int, size: int) -> dict:
 
 # ------------------------------------------------------------------------------------------ the world on disk
 
-FORMAT = 1  # raise it whenever the files written below change
+FORMAT = 2  # raise it whenever the files written below change
 SPLITS = ("train", "val", "probe")
 
 
@@ -619,28 +618,6 @@ class WorldSettings:
     probe: int = 768
     seed: int = 0
     kind: str = "world"  # layout of the files: all six tasks, or in "world-nyud" NYUDv2's four
-
-
-def structs(fields: str, rows: list[tuple]) -> np.ndarray:
-    """Build what MATLAB calls a 1 x N struct array; no rows give the 0 x 0 of an empty field."""
-    return np.array(rows, [(field, object) for field in fields.split()])[None] if rows else np.zeros((0, 0))
-
-
-def write_parts(path: Path, scene: dict, least: float):
-    """Write a scene's things as a PASCAL-Part file; people of fewer than `least` pixels get no parts."""
-    objects, instance = [], scene["instance"]
-    for label in np.unique(instance[instance >= 32]).tolist():
-        kind, mask, parts = CLASSES[label // 16], instance == label, []
-        if kind == "person" and mask.sum() >= least:
-            labels = np.where(mask, scene["human_parts"], 0)
-            parts = [(PART_FILE_NAMES[part].split()[0], (labels == part).astype(np.uint8))
-                     for part in np.unique(labels).tolist() if part]
-        # Other things stay clear of PASCAL's own indices 1..20, where 15 is a person.
-        index = PERSON if kind == "person" else 100 + label // 16
-        objects.append((kind, float(index), mask.astype(np.uint8), structs("part_name mask", parts)))
-    nothing = ("picture", 111.0, np.zeros_like(instance), structs("", []))  # the format wants one at least
-    rows = structs("class class_ind mask parts", objects or [nothing])
-    savemat(path, {"anno": structs("imname objects", [(path.stem, rows)])}, do_compression=True)
 
 
 def write_scene(job: tuple[Path, WorldSettings, str, int]) -> tuple[str, dict]:
@@ -659,9 +636,8 @@ def write_scene(job: tuple[Path, WorldSettings, str, int]) -> tuple[str, dict]:
         pictures |= {"image": scene["image"], "semseg": semseg + np.uint8(1), "edge": edge}  # 255 -> 0
     else:
         Image.fromarray(scene["image"]).save(path["image"], quality=95, subsampling=0)
-        pictures["sal"] = scene["sal"] * 255
-        savemat(path["labelmap"], {"LabelMap": scene["instance"].astype(np.uint16)})
-        write_parts(path["human_parts"], scene, least)
+        parts = np.where(specks[scene["instance"]], np.uint8(0), scene["human_parts"])
+        pictures |= {"sal": scene["sal"] * 255, "human_parts": parts, "labelmap": scene["instance"]}
     for key, array in pictures.items():
         Image.fromarray(array).save(path[key], compress_level=1)
     np.save(path["depth"], scene["depth"])
@@ -692,7 +668,12 @@ def write_world(root: Path, settings: WorldSettings, key: str):
 def world_key(settings: WorldSettings) -> str:
     """Hash all that decides the files: settings, file format, the renderer's own source."""
     source = Path(__file__).read_text().partition("- rendered world\n")[2].partition("- the world on")[0]
-    return hashlib.sha256(repr((FORMAT, settings, source)).encode()).hexdigest()[:12]
+    return hashlib.sha256(repr((FORMAT, settings, code_alone(source))).encode()).hexdigest()[:12]
+
+
+def code_alone(source: str) -> str:
+    """Return code without comments, docstrings and layout: what decides, not the text around it."""
+    return ast.dump(ast.parse(re.sub(r'"{3}.*?"{3}', '""', source, flags=re.DOTALL)))
 
 
 def render_world(root: str | Path | None = None, **settings: int | str) -> Path:
@@ -744,8 +725,9 @@ PASCAL = Kind("ImageSets/Context", PASCAL_FILES, (512, 512), {"semseg": PASCAL_C
 NYUD = Kind("gt_sets", NYUD_FILES, (448, 576), {"semseg": NYUD_CLASSES}, 0.011)
 KINDS = {  # 0.016: the 8 neighbours at 64 px
     "pascal": PASCAL, "nyud": NYUD,
-    "world": PASCAL._replace(files=PASCAL_FILES | {"depth": "depth/{}.npy"}, max_dist=0.016,
-                             classes={"semseg": CLASSES, "human_parts": PARTS}),
+    "world": PASCAL._replace(max_dist=0.016, classes={"semseg": CLASSES, "human_parts": PARTS}, files={
+        **PASCAL_FILES, "labelmap": "pascal-context/trainval/{}.png", "human_parts": "human_parts/{}.png",
+        "depth": "depth/{}.npy"}),
     "world-nyud": NYUD._replace(max_dist=0.016, classes={"semseg": CLASSES}),
 }
 
@@ -755,10 +737,12 @@ def decode_file(path: Path, decode):
     try:
         return decode(path)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing; see `python data.py --check ROOT`") from None
+        raise FileNotFoundError(f"{path} is missing; put it there") from None
     except Exception as error:  # decoders raise whatever they like on damaged bytes
-        why = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path} cannot be decoded ({why}); put an intact copy there") from error
+        why = f"it lacks {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        why = why.partition("\n")[0].partition(" <_io")[0]
+        raise ValueError(f"{path} cannot be decoded ({why}); put an intact copy of a known format "
+                         "there") from error
 
 
 def load_array(path: Path, field: str = "", mode: str | None = None) -> np.ndarray:
@@ -791,14 +775,38 @@ def check_range(path: Path, array: np.ndarray, most: float, least: float = 0):
                          "put an intact copy there")
 
 
+def load_mask(path: Path, shape: tuple[int, int]) -> np.ndarray:
+    """Read a mask {0, 1}: gray levels, set from 128 on, or 0..1 in a .npy file."""
+    if path.suffix == ".npy":
+        return (load_label(path, shape, 1) > 0.5).astype(np.uint8)
+    return (check_gray(path, load_label(path, shape, 255, mode="L")) >= 128).astype(np.uint8)
+
+
+def check_gray(path: Path, array: np.ndarray) -> np.ndarray:
+    """Return gray levels 0..255 as they are. Raises ValueError for a map of zeros and ones."""
+    if array.max() == 1:
+        raise ValueError(f"{path} holds 0 and 1 where 0..255 is meant; multiply it by 255")
+    return array
+
+
 def decode_normals(coded: np.ndarray) -> np.ndarray:
     """Turn uint8 colours (H, W, 3) into float32 normals; not renormalised, as released."""
     return np.float32(2) * coded / np.float32(255) - 1
 
 
+TURNS = (None, None, *(Image.Transpose[name] for name in (  # by EXIF's orientation
+    "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90").split()))
+
+
 def upright(picture: Image.Image) -> Image.Image:
     """Turn a picture of any mode upright (EXIF), RGB; 16-bit gray is scaled, which convert() would clip."""
-    picture = ImageOps.exif_transpose(picture)
+    if picture.mode == "F":
+        raise ValueError("pixels are floating-point numbers; store them in 8 bits")
+    picture.load()  # a PNG may tell its orientation last
+    try:
+        picture = picture.transpose(TURNS[picture.getexif()[0x112]])
+    except Exception:  # no orientation, 1, or whatever other programs wrote beside good pixels
+        pass
     if picture.mode.startswith("I"):
         picture = Image.fromarray((np.asarray(picture) / 257 + 0.5).astype(np.uint8))
     return picture.convert("RGB")
@@ -821,6 +829,8 @@ def load_human_parts(path: Path, shape: tuple[int, int]) -> np.ndarray:
     target = np.zeros(shape, np.uint8)
     for item in loadmat(path)["anno"][0, 0]["objects"].ravel():
         if item["class_ind"][0, 0] == PERSON and item["mask"].any() and len(item["parts"]):
+            if item["mask"].shape != shape:
+                raise ValueError(f"masks have size {item['mask'].shape}, the image {shape}")
             for part in item["parts"].ravel():
                 target[part["mask"] > 0] = PART_IDS[part["part_name"][0]]
     return target
@@ -892,12 +902,6 @@ def find_files(root: Path, kind: str) -> dict[str, str]:
     return files
 
 
-def missing_files(root: Path, files: dict[str, str], ids: list[str]) -> dict[str, list[Path]]:
-    """List the files of a split that are not there, under the keys of `files`."""
-    paths = [sample_paths(root, files, name) for name in ids]
-    return {key: [path[key] for path in paths if not path[key].exists()] for key in files}
-
-
 class Samples(Dataset):
     """Indexing shared by all data sets.
 
@@ -937,8 +941,8 @@ class Samples(Dataset):
 class LabelFolder(Samples):
     """PASCAL-Context, NYUDv2 or a rendered world: a list of ids per split, a file per id and label.
 
-    train: None means "is this the split called train". cache: keep decoded samples in memory; None means
-    "if it is a world that takes less than 1 GiB". Raises FileNotFoundError or ValueError that names the file.
+    train: None means split == "train"; cache, of decoded samples: None means "if it is a world". Raises
+    FileNotFoundError or ValueError that names the file.
     """
 
     def __init__(self, root: str | Path, split: str, size: int | tuple[int, int] | None = None,
@@ -959,9 +963,11 @@ class LabelFolder(Samples):
         train = split == "train" if train is None else train
         super().__init__(listed.read_text().split(), size or default_size, train, seed, **options)
         self.files = find_files(self.root, kind)
-        if missing := sum(missing_files(self.root, self.files, self.ids).values(), []):
-            raise FileNotFoundError(f"{missing[0]} is missing, {len(missing)} files in all; "
-                                    f"see `python data.py --check {self.root}`")
+        paths = [path for name in self.ids for path in sample_paths(self.root, self.files, name).values()]
+        if missing := [path for path in paths if not path.exists()]:
+            folders = Counter(str(path.parent.relative_to(self.root)) for path in missing)
+            raise FileNotFoundError(f"{missing[0]} is missing, and as many files in all as are named: "
+                                    f"{dict(folders)}; put them there")
         self.tasks = {task: row.channels or len(self.classes[task])
                       for task, row in TASKS.items() if task in (*self.files, "edge")}
         if "sal" in self.files:  # normals count on classes that NYUD knows too, 170 of 459
@@ -969,8 +975,7 @@ class LabelFolder(Samples):
                             for name in ("context", "nyu"))
             shared = set(context) & {*nyu, "tvmonitor"} - {"unknown"}  # NYUD says "television"
             self.valid_normals = [context[name] for name in shared]
-        small = world and len(self) * np.prod(self.size) * 28 < 2**30  # 28 bytes per pixel
-        self._cache = {} if (small if cache is None else cache) else None
+        self._cache = {} if (world if cache is None else cache) else None
 
     def read(self, i: int, labels: bool = True) -> dict:
         if self._cache is None:
@@ -994,10 +999,11 @@ class LabelFolder(Samples):
         labelmap = load_label(path["labelmap"], shape, 2**16 - 1, field="LabelMap").astype(np.int32)
         normals = decode_normals(load_label(path["normals"], (*shape, 3), 255, mode="RGB"))
         normals[~np.isin(labelmap, self.valid_normals)] = 0
-        labels = {"semseg": load_label(path["semseg"], shape, IGNORE), "normals": normals,
-                  "labelmap": labelmap, "edge": boundary_label(labelmap),
-                  "human_parts": decode_file(path["human_parts"], lambda path: load_human_parts(path, shape)),
-                  "sal": (load_label(path["sal"], shape, 255, mode="L") >= 128).astype(np.uint8)}
+        parts = path["human_parts"]
+        labels = {"semseg": load_label(path["semseg"], shape, IGNORE), "sal": load_mask(path["sal"], shape),
+                  "normals": normals, "labelmap": labelmap, "edge": boundary_label(labelmap),
+                  "human_parts": load_label(parts, shape, len(PARTS) - 1) if parts.suffix == ".png" else
+                  decode_file(parts, lambda path: load_human_parts(path, shape))}
         if "depth" in path:
             labels["depth"] = load_label(path["depth"], shape, IGNORE - 1).astype(np.float32, copy=False)
         return labels
@@ -1006,8 +1012,7 @@ class LabelFolder(Samples):
         semseg = load_label(path["semseg"], shape, self.tasks["semseg"], field="segmentation")
         normals = load_label(path["normals"], (*shape, 3), 255, -1.001, mode="RGB")
         normals = decode_normals(normals) if normals.dtype == np.uint8 else normals.astype(np.float32)
-        top = 1 if path["edge"].suffix == ".npy" else 255
-        labelmap = edge = (load_label(path["edge"], shape, top, mode="L") > top / 2).astype(np.uint8)
+        labelmap = edge = load_mask(path["edge"], shape)
         depth = load_label(path["depth"], shape, IGNORE - 1, field="depth").astype(np.float32)
         if "labelmap" in path:
             labelmap = load_label(path["labelmap"], shape, 1, field="groundTruth.Boundaries")
@@ -1021,9 +1026,8 @@ PascalContext, NYUDv2, World = (partial(LabelFolder, kind=kind) for kind in ("pa
 def open_data(spec: str, split: str, **options) -> Samples:
     """Open a split of "world" or "world-nyud" (rendered once, at `size`) or of "KIND:/path".
 
-    KIND: a key of KINDS, or for stage 1 of UNLABELLED: "images:/path", "imagenet:/path" (its folder
-    named like the split, if there is one), "tars:/path/*.tar". options: as those classes take them.
-    Raises ValueError for another spec.
+    KIND: a key of KINDS, or for stage 1 images, imagenet (its folder named like the split, if there is one)
+    or tars ("tars:/path/*.tar"). options: as those classes take them. Raises ValueError for another spec.
     """
     kind, _, root = spec.partition(":")
     if kind in UNLABELLED and root:
@@ -1045,14 +1049,15 @@ TRIES = 10  # unreadable images in a row for one sample
 
 
 def is_image(name: str) -> bool:
-    """Tell an image by its suffix; names with a dot in front are other programs' notes."""
-    return name.lower().endswith(SUFFIXES) and not os.path.basename(name).startswith(".")
+    """Tell an image by its suffix; what has a dot in front is another program's note or waste bin."""
+    return name.lower().endswith(SUFFIXES) and not re.search(r"(^|/)\.[^./]", name)
 
 
 def list_images(root: Path) -> list[str]:
     """List the images below a folder, sorted, links followed."""
-    return sorted(os.path.relpath(os.path.join(folder, name), root)
-                  for folder, _, names in os.walk(root, followlinks=True) for name in names if is_image(name))
+    paths = (os.path.relpath(os.path.join(folder, name), root)
+             for folder, _, names in os.walk(root, followlinks=True) for name in names)
+    return sorted(filter(is_image, paths))
 
 
 def find_tars(pattern: str) -> list[str]:
@@ -1061,7 +1066,7 @@ def find_tars(pattern: str) -> list[str]:
         first, last = span.groups()
         return [path for k in range(int(first), int(last) + 1) for path in
                 find_tars(pattern[: span.start()] + str(k).zfill(len(first)) + pattern[span.end() :])]
-    found = sorted(glob.glob(pattern, recursive=True))
+    found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
     if not found:
         raise FileNotFoundError(f"{pattern} matches no file; name plain tars as /path/*.tar")
     return found
@@ -1070,8 +1075,12 @@ def find_tars(pattern: str) -> list[str]:
 def index_tar(path: str) -> list[tuple[str, int, int]]:
     """Return (name, offset, size) of a plain tar's images: 3 s per 100,000."""
     try:
-        with tarfile.open(path, "r:") as tar:
-            return [(m.name, m.offset_data, m.size) for m in tar if m.isreg() and is_image(m.name)]
+        with tarfile.open(path, "r:") as tar, open(path, "rb") as file:
+            found = [m for m in tar if m.isreg() and is_image(m.name)]
+            file.seek(tar.offset)
+            if any(m.issparse() for m in found) or file.read(2**20).strip(b"\0"):
+                raise ValueError(f"{path} has sparse members, or a second tar behind it; write it anew")
+            return [(m.name, m.offset_data, m.size) for m in found]
     except tarfile.TarError:
         raise ValueError(f"{path} is no plain tar; decompress it, or copy it again") from None
 
@@ -1092,6 +1101,8 @@ class ImageFolder(Samples):
         self.source, self.root, self.split = f"{kind}:{Path(root).absolute()}", Path(root), split
         if kind == "imagenet" and (self.root / split).is_dir():
             self.root /= split
+        elif kind == "imagenet":
+            print(f"{self.root} has no folder {split}: all images below it are taken", flush=True)
         self.tars = []
         if self.root.is_dir():
             names = list_images(self.root)
@@ -1103,7 +1114,8 @@ class ImageFolder(Samples):
         else:
             raise FileNotFoundError(f"{root} is no folder; name one, or plain tars as /path/*.tar")
         if not names:
-            raise ValueError(f"{root} holds no images; known suffixes are {' '.join(SUFFIXES)}")
+            raise ValueError(f"{root} holds no images; known suffixes are {' '.join(SUFFIXES)}; tars are "
+                             "read as tars:/path/*.tar or tars:/path/{00..12}.tar")
         train = split == "train" if train is None else train
         super().__init__(names, size or (224, 224), train, seed, view)
         # Enough for the smallest crop, so that a reduced JPEG is never enlarged where it was not.
@@ -1402,16 +1414,7 @@ def guess_spec(given: str) -> str:
 
 
 def check(spec: str, most: int = 64) -> bool:
-    """Count the files of every split, decode evenly spaced samples; True if all is there and can be read."""
-    kind, _, root = spec.partition(":")
-    for listed in sorted((Path(root) / KINDS[kind].lists).glob("*.txt")) if kind in KINDS else ():
-        ids, files = listed.read_text().split(), find_files(Path(root), kind)
-        missing = missing_files(Path(root), files, ids)
-        for key, paths in missing.items():
-            note = f"  missing {paths[0]}, ..." if paths else ""
-            print(f"{listed.stem:8} {key:12} {len(ids) - len(paths)} of {len(ids)}{note}")
-        if any(missing.values()):
-            return False
+    """Open the data set, decode evenly spaced samples; True if all can be read."""
     dataset, failed = open_data(spec, "train"), []
     chosen = range(0, len(dataset), -(-len(dataset) // most))
     for i in track(chosen, "decoding", len(chosen)):

@@ -24,9 +24,8 @@
 published odsF compares with: see `BoundaryF`. Sums are pooled over the whole dataset in int64 or
 float64, so neither the order of the images nor the number of processes matters.
 
-Predictions are final maps: class ids, probabilities in [0, 1] of saliency and boundary, normals,
-metres. Targets are what `dataset.read(i)` or `dataset[i]` give: 255 = ignore, and so are zero normals
-and zero depth. Both are numpy arrays or tensors, one image (H, W) or a batch (B, H, W).
+Predictions are final maps: class ids, probabilities of saliency and boundary, unit normals, metres. Targets
+are as dataset[i] gives them: 255 = ignore, and so are zero normals and depth. All are (H, W) or (B, H, W).
 """
 
 import data  # first: it settles how threads wait, before torch is loaded
@@ -92,6 +91,8 @@ class MeanIoU(Metric):
     def update(self, prediction, target) -> None:
         """Count prediction and target ([B,] H, W), class ids; target 255 = ignore."""
         prediction, target = as_arrays(prediction, target)
+        if prediction.dtype.kind == "f":
+            raise ValueError("prediction holds no whole numbers; pass class ids, such as the argmax")
         valid, n = target != data.IGNORE, len(self.sums["confusion"])
         prediction, target = prediction[valid].astype(np.int64), target[valid].astype(np.int64)
         for kind, ids in (("prediction", prediction), ("target", target)):
@@ -127,6 +128,8 @@ class MaxF(Metric):
     def update(self, prediction, target) -> None:
         """Count prediction ([B,] H, W), probability in [0, 1]; target the same, {0, 1, 255}."""
         for p, t in images_of(prediction, target):
+            if not 0 <= p.min() <= p.max() <= 1:
+                raise ValueError(f"probabilities are {p.min():.3g}..{p.max():.3g}; pass 0..1")
             valid = t != data.IGNORE
             if not valid.any():
                 continue
@@ -172,9 +175,8 @@ class NormalError(Metric):
         # acos of the dot product would lose small angles to rounding
         half = np.arctan2(np.linalg.norm(p - t, axis=1), np.linalg.norm(p + t, axis=1))
         angle = np.degrees(2 * half)  # (pixels,)
-        bins = len(self.sums["bins"])
-        index = np.minimum(angle / self.BIN, bins - 1).astype(np.int64)
-        self.sums["bins"] += np.bincount(index, minlength=bins)
+        bins = self.sums["bins"]
+        bins += np.bincount(np.minimum(angle / self.BIN, len(bins) - 1).astype(np.int64), minlength=len(bins))
         self.sums["within"] += [(angle < limit).sum() for limit in self.LIMITS]
         self.sums["total"] += angle.sum()
 
@@ -270,8 +272,8 @@ def as_arrays(prediction, target) -> tuple[np.ndarray, np.ndarray]:
     if prediction.shape != target.shape:
         raise ValueError(f"prediction {prediction.shape} and target {target.shape} differ in shape; "
                          "resize or crop the prediction")
-    if not np.isfinite(prediction).all():
-        raise ValueError("prediction has values that are not finite; score weights that are")
+    if not (np.isfinite(prediction).all() and np.isfinite(target).all()):
+        raise ValueError("prediction or target has values that are not finite; score those that are")
     return prediction, target
 
 
@@ -554,6 +556,19 @@ def stack(samples: list[dict], name: str) -> Tensor:
     return torch.stack([sample[name] for sample in samples])
 
 
+def first_images(dataset, count: int) -> Tensor:
+    """Stack the first images (B, 3, H, W); what cannot be read is named and left out: one, or 1 in 100."""
+    images, lost = [], 0
+    for i in range(min(len(dataset), count)):
+        try:
+            images.append(dataset[i]["image"])
+        except (ValueError, OSError) as error:
+            if (lost := lost + 1) > max(1, count // 100):
+                raise
+            print(f"{error}; left out", flush=True)
+    return torch.stack(images)
+
+
 def new_metric(task: str, dataset, protocol: str | None = None) -> Metric:
     """Build the empty metric of a task; protocol: of boundaries, default the data's."""
     protocol = protocol or dataset.boundary_protocol
@@ -600,7 +615,7 @@ def evaluate(model, dataset, device, batch_size: int, tasks: Sequence[str], rank
 # ---------------------------------------------------------------------------------------------- probes
 
 
-class Probe:
+class Probe(nn.Module):
     """Read every task off frozen features with one linear map each, trained with the student's own losses.
 
     features: images (B, 3, H, W), RGB in [0, 1] -> 4 levels (B, C, h, w). A patch's levels, whitened, give
@@ -611,6 +626,7 @@ class Probe:
 
     @torch.no_grad()
     def __init__(self, features: Callable[[Tensor], list[Tensor]], dataset, device):
+        super().__init__()
         self.features, samples = features, [dataset[i] for i in range(min(len(dataset), self.IMAGES))]
         images = stack(samples, "image").to(device)
         x = torch.cat([self.levels(part) for part in images.split(64)])  # (images, h, w, F)
@@ -629,15 +645,12 @@ class Probe:
         draw = torch.Generator().manual_seed(0)
         for _ in range(self.STEPS):
             rows = torch.randint(len(x), (self.BATCH,), generator=draw)
-            losses = [train.TASK_LOSSES[data.TASKS[task].kind](self.read(task, x[rows], size), y[rows])
+            losses = [train.task_term(data.TASKS[task].kind, self.read(task, x[rows], size), y[rows], y[rows])
                       for task, y in labels.items()]
             optimizer.zero_grad()
             sum(losses).backward()
             optimizer.step()
             schedule.step()
-
-    def eval(self) -> "Probe":
-        return self
 
     def levels(self, images: Tensor) -> Tensor:
         """Return the levels of each patch side by side, (B, h, w, F)."""
@@ -676,9 +689,8 @@ def report_probes(args: "Args", device) -> None:
         encoder = teachers.Encoder(teachers.EncoderConfig()).to(device).eval()
         rows = {"untrained": teachers.Teacher(encoder, None, {}).features}
     rows |= {name: teacher.features for name, teacher in members.items()}
-    world = source.startswith("world")  # which keeps rooms for this
-    fitted, scored = (data.open_data(source, split, train=False)
-                      for split in ("probe" if world else "train", args.split))
+    splits = ("probe" if source.startswith("world") else "train", args.split)  # a world keeps rooms for this
+    fitted, scored = (data.open_data(source, split, train=False) for split in splits)
     found = {row: probe(features, fitted, scored, device) for row, features in rows.items()}
     prism.show(f"linear probe, {min(len(fitted), Probe.IMAGES)} images", found)
     write_files(args.out_dir or args.ckpt.parent, {"probes.json": as_json(found)})
@@ -722,6 +734,8 @@ def read_map(folder: Path, task: str, name: str, size: tuple[int, int], channels
                          f"{FILED[kind]}, at the image's own size")
     if kind == "classes":
         data.check_range(path, array, channels - 1)
+    if kind in ("mask", "edge"):
+        data.check_gray(path, array)
     if path.suffix == ".png" and kind == "normals":
         return data.decode_normals(array)
     return array / np.float32(255) if kind == "mask" else array
@@ -735,7 +749,7 @@ def evaluate_files(folder: Path, dataset, tasks: Sequence[str], protocol: str | 
         size = sample["image"].shape[:2]
         truth = data.to_tensors(sample, size) | {"edge": sample.get("labelmap")}
         for task, metric in metrics.items():
-            found = read_map(folder, task, sample["name"], size, dataset.tasks[task])
+            found = read_map(folder, task, dataset.ids[i], size, dataset.tasks[task])
             metric.update(found, truth[task])
     return {task: metric.compute() for task, metric in metrics.items()}
 
@@ -833,21 +847,22 @@ def cost(models: dict[str, prism.Student], images: Tensor, repeats: int = 5) -> 
     Heads are counted as they are computed and, as published counts do, as convolutions at a quarter of the
     pixels.
     """
-    rows = {}
-    for name, model in models.items():
-        cfg, quarter = model.cfg, images.shape[-2] * images.shape[-1] // 16
-        for trains_alone in ("projectors", "aligners"):
-            getattr(model, trains_alone, {}).clear()
+    def count_gmac(model) -> float:
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             model.predict(images)
+        return counter.get_total_flops() / 2e9
+
+    rows = {}
+    for name, model in models.items():
+        for trains_alone in ("projectors", "aligners"):
+            getattr(model, trains_alone, {}).clear()
         total, active = prism.count_parameters(model)
-        gmac = {k: sum(v.values()) / 2e9 for k, v in counter.get_flop_counts().items()}
-        kind = type(model).__name__
-        heads = sum(v for k, v in gmac.items() if k.startswith(f"{kind}.heads.") and k.count(".") == 2)
-        convolved = sum(quarter * (9 * cfg.dim**2 + cfg.dim * C) + 16 * quarter // cfg.patch**2 * cfg.dim**2
-                        for C in cfg.tasks.values()) / 1e9
-        rows[name] = {"parameters, M": total / 1e6, "active, M": active / 1e6, "GMAC": gmac["Global"],
-                      "of heads": heads, "GMAC, heads convolved": gmac["Global"] - heads + convolved}
+        rows[name] = {"parameters, M": total / 1e6, "active, M": active / 1e6, "GMAC": count_gmac(model)}
+        for head in model.heads.values():
+            head.forward = head.plain
+        rows[name]["GMAC, heads convolved"] = count_gmac(model)
+        for head in model.heads.values():
+            del head.forward
     runs = {name: partial(model.predict, images) for name, model in models.items()}
     with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
         ms = prism.time_interleaved(runs, images.device, repeats)
@@ -899,8 +914,9 @@ def train_and_score(folder: Path, flags: list[str], slot: int) -> dict:
 def contest(args: "Args", device) -> None:
     """Train contestants and single-task networks over seeds, side by side; write contest.{json,md}."""
     common, folder = shlex.split(args.train_args), args.out_dir or Path("out/contest")
-    if unknown := [name for name in args.contest if name not in CONTESTANTS]:
-        raise ValueError(f"unknown contestant {unknown[0]}; known: {', '.join(CONTESTANTS)}")
+    if not args.contest or (unknown := [name for name in args.contest if name not in CONTESTANTS]):
+        raise ValueError(f"unknown contestant {unknown[0] if args.contest else ''}: name some of "
+                         f"{', '.join(CONTESTANTS)}")
     settings = tyro.cli(train.Args, args=common)
     dataset = data.open_data(settings.data, "train")  # renders the world
     teachers.Teachers(settings.teachers)  # trains the toys
@@ -908,14 +924,16 @@ def contest(args: "Args", device) -> None:
     flags = {name: CONTESTANTS[name] for name in args.contest}
     flags |= {f"only-{task}": f"{SINGLE} --tasks {task}" for task in tasks}
     jobs = [(name, seed) for seed in range(args.seeds) for name in flags]
-    with ThreadPoolExecutor(torch.cuda.device_count() or data.core_count()) as pool:
-        waiting, found = {}, {}
+    pool, waiting, found = ThreadPoolExecutor(torch.cuda.device_count() or data.core_count()), {}, {}
+    try:
         for slot, (name, seed) in enumerate(jobs):
             given = [*common, *shlex.split(flags[name]), "--seed", str(seed)]
             waiting[name, seed] = pool.submit(train_and_score, folder / f"{name}-{seed}", given, slot)
         for job, future in waiting.items():
             found[job] = future.result()["headline"]
             print(f"{len(found)}/{len(jobs)} {job[0]} seed {job[1]}: {found[job]}", flush=True)
+    finally:  # Ctrl-C: what runs hears it too, and saves; what waits is not begun
+        pool.shutdown(cancel_futures=True)
     models = {name: prism.load(folder / f"{name}-0" / "prism.pt", device) for name in args.contest}
     grid, patch = models[args.contest[0]].cfg.grid, models[args.contest[0]].cfg.patch
     costs = cost(models, torch.rand(1, 3, grid[0] * patch, grid[1] * patch, device=device), repeats=15)
@@ -1060,16 +1078,15 @@ def draw_photos(args: "Args", device) -> None:
     """Write a panel per photo of --image, or of each image in a folder."""
     model, out_dir = prism.load(args.ckpt, device), args.out_dir or args.ckpt.parent
     tasks = choose_tasks(args.tasks, model.cfg.tasks, model.cfg)
-    classes = {"semseg": (data.CLASSES, data.PASCAL_CLASSES, data.NYUD_CLASSES), "human_parts": (data.PARTS,)}
-    legends = {t: names for t in tasks for names in classes.get(t, ()) if len(names) == model.cfg.tasks[t]}
+    classes = prism.read_checkpoint(args.ckpt).get("provenance", {}).get("classes", {})
+    legends = {task: names for task, names in classes.items() if task in tasks}
     photos = [path / name for path in args.image
               for name in (data.list_images(path) if path.is_dir() else [""])]
     if not photos:
         raise ValueError(f"{', '.join(map(str, args.image))} holds no images; name photos or folders of them")
-    names = [f"{path.stem}_tasks.png" for path in photos]
+    stems = [path.stem for path in photos]
     for k, path in enumerate(data.track(photos, "photos", len(photos))):
-        earlier = names[:k].count(names[k])  # a.jpg and b/a.jpg
-        name = f"{path.stem}-{earlier + 1}_tasks.png" if earlier else names[k]
+        name = f"{path.stem}{f'-{k + 1}' if path.stem in stems[:k] else ''}_tasks.png"  # a.jpg and b/a.jpg
         side = args.photo_side or min(model.cfg.grid) * model.cfg.patch
         photo = data.read_photo(path, 4 * side)
         maps, seen = solve_photo(model, photo, tasks, side, photo.shape[:2])
@@ -1095,7 +1112,7 @@ class Args:
     device: str | None = None  # default: cuda if there is one, else cpu
     out_dir: Path | None = None  # results.json and pictures (default: the checkpoint's folder)
     reference: Path | None = None  # JSON {task: value} or a results.json; prints Delta_m against it
-    image: tuple[Path, ...] = ()  # photos, or folders of them: draw every task, score nothing
+    image: tuple[Path, ...] | None = None  # photos, or folders of them: draw every task, score nothing
     photo_side: int | None = None  # shrink photos to this shorter side, pixels (default: the student's)
     save_predictions: Path | None = None  # folder for a file per image and task, while scoring
     predictions: Path | None = None  # score the files of this folder, without a checkpoint
@@ -1103,7 +1120,7 @@ class Args:
     probe: bool = False  # instead: linear probes of the toy teachers, and of the checkpoint's features
     cost: bool = False  # instead: parameters, multiply-adds and latency, beside a dense ViT
     image_size: tuple[int, ...] | None = None  # of --cost: side, or height and width, pixels
-    contest: tuple[str, ...] = ()  # instead: train and compare students, the first with the others
+    contest: tuple[str, ...] | None = None  # instead: train and compare students, the first with the others
     seeds: int = 3  # of --contest
     train_args: str = ""  # of --contest: flags for every train.py: --train-args="--size small"
     debug: bool = False  # full traceback on errors
@@ -1135,18 +1152,20 @@ def as_json(results: dict) -> str:
     return json.dumps(json.loads(text, parse_constant=lambda name: None), indent=1)  # JSON knows no nan
 
 
-def report(args: Args, dataset, metrics: dict[str, dict], protocol: str) -> dict:
-    """Print every number, Delta_m if there is a reference; return what results.json holds."""
+def report(args: Args, dataset, metrics: dict[str, dict], protocol: str, file: Path) -> dict:
+    """Write, print and return the numbers, and Delta_m if there is a reference."""
     results = {"split": args.split, "images": len(dataset), "classes": dataset.classes, "protocol": protocol,
                "headline": {task: headline(task, metrics[task]) for task in metrics}, "metrics": metrics}
+    if args.reference:
+        reference = json.loads(args.reference.read_text())
+        reference = reference.get("headline", reference)
+        results |= {"reference": reference, "delta_m": delta_m(metrics, reference)}
+    write_files(file.parent, {file.name: as_json(results)})  # first: whoever reads may be gone
     if metrics:
         prism.show(f"{args.split}, boundaries: {protocol}", {
             f"{task} {k}": {"value": v, "headline": "*" * (k == data.TASKS[task].metric)}
             for task, numbers in metrics.items() for k, v in numbers.items() if isinstance(v, float)})
     if args.reference:
-        reference = json.loads(args.reference.read_text())
-        reference = reference.get("headline", reference)
-        results |= {"reference": reference, "delta_m": delta_m(metrics, reference)}
         print(f"Delta_m {results['delta_m']:+.2f} % over {args.reference} ({', '.join(reference)})")
     return results
 
@@ -1162,8 +1181,8 @@ def score_files(args: Args) -> None:
         raise ValueError(f"{args.predictions} has folders for no task; the data can score "
                          f"{', '.join(dataset.tasks)}: one folder each, of that name")
     protocol = dataset.boundary_protocol if args.protocol == "auto" else args.protocol
-    results = report(args, dataset, evaluate_files(args.predictions, dataset, tasks, protocol), protocol)
-    write_files(args.out_dir or args.predictions, {"results.json": as_json(results)})
+    file = (args.out_dir or args.predictions) / "results.json"
+    report(args, dataset, evaluate_files(args.predictions, dataset, tasks, protocol), protocol, file)
 
 
 def score_checkpoint(args: Args) -> None:
@@ -1185,13 +1204,12 @@ def score_checkpoint(args: Args) -> None:
         dist.destroy_process_group()
     if rt.rank:
         return
-    results = {"checkpoint": args.ckpt.name, "step": stored.get("step"), "seed": stored.get("seed"),
-               "data": source, **report(args, dataset, metrics, protocol)}
-    images = stack([dataset[i] for i in range(min(len(dataset), 128))], "image").to(rt.device)
+    suffix, out_dir = "" if tasks else "_stage1", args.out_dir or args.ckpt.parent
+    results = {"checkpoint": args.ckpt.name, "step": stored.get("step"), "seed": stored.get("seed"), "data":
+               source, **report(args, dataset, metrics, protocol, out_dir / f"results{suffix}.json")}
+    images = first_images(dataset, 128).to(rt.device)
     results["routing"], best = routing(model, images, args.batch_size)
-    pictures = {}
-    if tasks:
-        pictures["predictions"] = draw_predictions(model, dataset, rt.device, tasks)
+    pictures = {"predictions": draw_predictions(model, dataset, rt.device, tasks)} if tasks else {}
     if best is not None:
         prism.show("MoE block", {str(b["block"]): {k: b[k] for k in ("lambda", "nmi_teachers", "nmi_tasks")}
                            for b in results["routing"]})
@@ -1203,15 +1221,14 @@ def score_checkpoint(args: Args) -> None:
             results["imitation"] = fidelity(model, members, images)
             prism.show("imitation", results["imitation"])
             pictures["imitation"] = draw_imitation(model, members, images[:3])
-    size = {384: "ViT-S", 768: "ViT-B", 1024: "ViT-L"}.get(cfg.dim, f"width {cfg.dim}")
-    print_published(source.partition(":")[0], protocol, results["headline"], size)
-    suffix, out_dir = "" if tasks else "_stage1", args.out_dir or args.ckpt.parent
+    print_published(source.partition(":")[0], protocol, results["headline"],
+                    {384: "ViT-S", 768: "ViT-B", 1024: "ViT-L"}.get(cfg.dim, f"width {cfg.dim}"))
     files = {f"results{suffix}.json": as_json(results)}
     files |= {f"{name}{suffix}.png": picture for name, picture in pictures.items()}
     write_files(out_dir, files)
-    if args.save_predictions is not None:
-        what = {task: FILED[data.TASKS[task].kind] for task in tasks}
-        write_files(args.save_predictions, {"meta.json": as_json({"data": source, "files": what})})
+    if args.save_predictions is not None and tasks:
+        meta = {"data": source, "files": {task: FILED[data.TASKS[task].kind] for task in tasks}}
+        write_files(args.save_predictions, {"meta.json": as_json(meta)})
     print(f"wrote {', '.join(str(out_dir / name) for name in files)}")
 
 
@@ -1219,14 +1236,13 @@ def main(args: Args) -> None:
     """Do what the flags ask for."""
     if args.predictions is not None:
         return score_files(args)
-    if not (args.image or args.cost or args.contest or args.probe):
+    if args.image is args.contest is None and not (args.cost or args.probe):
         return score_checkpoint(args)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("only the scores of a checkpoint are shared out; use python instead of torchrun")
     device = prism.choose_device(args.device)
-    wanted = ((draw_photos, args.image), (report_cost, args.cost), (report_probes, args.probe),
-              (contest, args.contest))
-    return next(run for run, flag in wanted if flag)(args, device)
+    run = report_cost if args.cost else report_probes if args.probe else contest
+    return draw_photos(args, device) if args.image is not None else run(args, device)
 
 
 if __name__ == "__main__":

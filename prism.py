@@ -39,12 +39,12 @@ import re
 import statistics
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import NamedTuple
 from zipfile import ZipFile, is_zipfile
 
@@ -925,6 +925,25 @@ def write_checkpoint(path: str | Path, content: dict) -> None:
     write_file(path, lambda file: save_file(state, file, facts))
 
 
+def read_file(path: Path) -> dict:
+    """Read plain values from a pickle; of safetensors, "model" is the weights. Raises ValueError."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(9)
+        if head.endswith(b"{"):  # safetensors, whatever the name
+            with safe_open(path, "pt") as file:
+                facts = {k: json.loads(v) for k, v in (file.metadata() or {}).items() if k != "format"}
+                return facts | {"model": {k: file.get_tensor(k) for k in file.keys()}}
+        if is_zipfile(path) and (bad := ZipFile(path).testzip()):  # torch does not look
+            raise ValueError(f"{bad} in it differs from its checksum")
+        with torch.serialization.safe_globals([Namespace]):  # settings beside the weights
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds; pickle's own text is a page of advice
+        why = one_line(error).partition(". ")[0]
+        raise ValueError(f"{path} cannot be read as weights alone ({why}); delete it, make anew") from error
+    return content if isinstance(content, dict) else {}
+
+
 def read_checkpoint(path: str | Path, grid: tuple[int, int] | None = None) -> dict:
     """Read what `write_checkpoint` wrote; a released file of PRISM or SAK comes back in the same form.
 
@@ -934,23 +953,12 @@ def read_checkpoint(path: str | Path, grid: tuple[int, int] | None = None) -> di
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist; train one with `python train.py`, "
                                 "or name one that does")
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                facts = {k: json.loads(v) for k, v in (file.metadata() or {}).items() if k != "format"}
-                content = facts | {"model": {k: file.get_tensor(k) for k in file.keys()}}
-        else:
-            if is_zipfile(path) and (bad := ZipFile(path).testzip()):  # torch does not look
-                raise ValueError(f"{bad} in it differs from its checksum")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        ours, state = "config" in content, content["model"]
-    except Exception as error:  # torch raises many kinds; pickle's own text is a page of advice
-        why = "no file of plain weights" if isinstance(error, UnpicklingError) else one_line(error)
-        raise ValueError(f"checkpoint {path} cannot be read ({why}); name one that train.py or prism.save "
-                         "wrote, or that the authors of PRISM or SAK released") from error
-    if ours:
+    content = read_file(path)
+    if "model" not in content:
+        raise ValueError(f"{path} is no student; name one of train.py's, of prism.save, or a released one")
+    if "config" in content:
         return content
-    cfg, state = from_released(state, path, grid)
+    cfg, state = from_released(content["model"], path, grid)
     return {"model": state, "config": asdict(cfg)}
 
 
@@ -1001,12 +1009,14 @@ def load_strict(model: nn.Module, state: dict[str, Tensor], path: str | Path, ne
     """
     own = model.state_dict()
     missing, extra = [k for k in own if k not in state], [k for k in state if k not in own]
-    wrong = [k for k in missing if not k.startswith(new)] + [k for k in extra if not k.startswith(dropped)]
-    wrong += [f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
+    wrong = [f"{k} is missing" for k in missing if not k.startswith(new)]
+    wrong += [f"{k} has no place" for k in extra if not k.startswith(dropped)]
+    wrong += [f"{k} is {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
               for k in own if k in state and own[k].shape != state[k].shape]
+    wrong += [f"{k} holds nan or inf" for k, v in state.items() if not v.isfinite().all()]
     if wrong:
-        raise ValueError(f"weights of {path} do not fit this student ({len(wrong)} keys differ, first "
-                         f"{wrong[0]}); use the size, teachers and tasks that it was trained with")
+        raise ValueError(f"weights of {path} do not fit ({len(wrong)} keys, first: {wrong[0]}); a student "
+                         "needs the size, teachers and tasks that it was trained with")
     model.load_state_dict({**own, **{k: v for k, v in state.items() if k in own}})
     parts = [f"loaded {len(own) - len(missing)}"]
     for word, keys in (("new", missing), ("dropped", extra)):
@@ -1125,7 +1135,11 @@ def start_from_vit(model: Student, state: dict[str, Tensor], path: str | Path) -
                 key = f"{m[1]}.experts.{m[4][0]}{1 + int(m[3]) // 2}"
                 value = value.expand(cfg.experts, *value.shape)
         if key == "pos_embed":
-            value = resize_pos(value, (math.isqrt(value.shape[1]),) * 2, cfg.grid)
+            side = math.isqrt(value.shape[1]) if value.ndim == 3 else 0
+            if value.shape != (1, 1 + side**2, cfg.dim):
+                raise ValueError(f"{path} has positions {tuple(value.shape)}; students start from a plain "
+                                 f"ViT with a class token: (1, 1 + n * n, {cfg.dim})")
+            value = resize_pos(value.float(), (side, side), cfg.grid)
         renamed[key] = value
     new = [f"blocks.{i}.{part}." for i in dual for part in ("gate", "shared", "router", "experts")]
     report = load_strict(model, renamed, path, dropped=("head.",) if dual else ("head.", "norm."), new=(

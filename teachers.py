@@ -3,17 +3,10 @@
     python teachers.py                                      # names, sources, licences, what is cached
     python teachers.py dinov2-b sam-b --image photo.jpg     # fetches both, draws what they see
 
-| names                     | patch, pixels | mean / std      | what their files add to a plain ViT         |
-|---------------------------|---------------|-----------------|---------------------------------------------|
-| dinov2-{s,b,l,g}          | 14, 518       | ImageNet        | LayerScale; giant: SwiGLU                   |
-| dinov2-reg-{s,b,l,g}      | 14, 518       | ImageNet        | and 4 registers                             |
-| dinov3-{s,b,l}            | 16, 256       | ImageNet        | LayerScale, 4 registers, RoPE, no key bias  |
-| clip-{b,l,l-336}          | 16/14, 224-336| OpenAI          | LayerNorm before the blocks, QuickGELU      |
-| clip-laion-{b,l}          | 16/14, 336-384| OpenAI, B; .5, L| the same with GELU, fine-tuned on ImageNet  |
-| siglip2-{b,l,so400m}      | 16, 384       | .5 / .5         | tanh GELU, no class token                   |
-| sam-{b,l,h}               | 16, 1024      | ImageNet        | windows, relative positions, no class token |
-| augreg-{s,b,l}            | 16, 384       | .5 / .5         | nothing: where students start (--init)      |
-| toy-clip, -dino, -sam     | 8, 64         | .5 / .25        | nothing: trained here, on the rendered world |
+Their files add to a plain ViT: DINOv2 LayerScale (giant: SwiGLU; reg: 4 registers); DINOv3 LayerScale, 4
+registers and rotary positions, without a bias of keys; CLIP a LayerNorm before the blocks and QuickGELU
+(laion: GELU); SigLIP 2 tanh GELU, without a class token; SAM windows and relative positions, without a class
+token; augreg, where students start (--init), and the toys nothing.
 
 A teacher's four levels are the outputs of its blocks at a quarter, half, three quarters and all of the
 depth: patch tokens only, before any final norm. Images of any size: both sides are rounded to whole
@@ -47,7 +40,7 @@ import torch.nn.functional as F
 import tyro
 from einops import rearrange
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import prism
@@ -235,9 +228,8 @@ class Layout(NamedTuple):
     mark: str  # a key that only this layout has; the first of LAYOUTS that fits is taken
     block: str  # what their names of block # begin with
     names: dict[str, str]  # ours -> theirs; ".x" is within a block, "x y z" are stacked
-    unused: str  # regex of their keys that no level needs
     flags: dict  # of EncoderConfig, where config.json does not say otherwise
-    prefix: str = ""  # may stand before every name; keys without it then belong to other networks
+    models: str  # regex of what config.json may call them (model_type; timm: architecture)
     zeros: bool = False  # the family has no bias of keys
 
 
@@ -246,57 +238,62 @@ VIT = {"cls": "cls_token", "pos": "pos_embed", "patch_embed": "patch_embed.proj"
        "norm2": ".norm2", "fc1": ".mlp.fc1", "fc2": ".mlp.fc2"}
 VIT_DINO = VIT | {"scale1": ".ls1.gamma", "scale2": ".ls2.gamma", "registers": "register_tokens"}
 DINOV2 = {"cls": "embeddings.cls_token", "pos": "embeddings.position_embeddings",
-          "registers": "embeddings.register_tokens",
-          "patch_embed": "embeddings.patch_embeddings.projection",
-          "norm1": ".norm1", "scale1": ".layer_scale1.lambda1",
+          "registers": "embeddings.register_tokens", "patch_embed": "embeddings.patch_embeddings.projection",
           "qkv": ".attention.attention.query .attention.attention.key .attention.attention.value",
-          "proj": ".attention.output.dense",
-          "norm2": ".norm2", "scale2": ".layer_scale2.lambda1", "fc1": ".mlp.fc1", "fc2": ".mlp.fc2"}
+          "proj": ".attention.output.dense", "norm1": ".norm1", "norm2": ".norm2",
+          "scale1": ".layer_scale1.lambda1", "scale2": ".layer_scale2.lambda1",
+          "fc1": ".mlp.fc1 .mlp.weights_in", "fc2": ".mlp.fc2 .mlp.weights_out"}
 SIGLIP = {"pos": "embeddings.position_embedding.weight", "patch_embed": "embeddings.patch_embedding",
           "norm1": ".layer_norm1", "qkv": ".self_attn.q_proj .self_attn.k_proj .self_attn.v_proj",
           "proj": ".self_attn.out_proj", "norm2": ".layer_norm2", "fc1": ".mlp.fc1", "fc2": ".mlp.fc2"}
-SAM = {"rel_h": ".attn.rel_pos_h", "rel_w": ".attn.rel_pos_w", "fc1": ".mlp.lin1", "fc2": ".mlp.lin2"}
+SAM = {"rel_h": ".attn.rel_pos_h", "rel_w": ".attn.rel_pos_w",
+       "fc1": ".mlp.lin1 .mlp.fc1", "fc2": ".mlp.lin2 .mlp.fc2"}  # the latter timm's
 CLIP_FLAGS = {"eps": 1e-5, "activation": "quick_gelu", "pre_norm": True, "patch_bias": False, **OPENAI}
 DINO_FLAGS = {"layer_scale": True, **IMAGENET}
-ENDS = r"(norm|fc_norm|layernorm|post_layernorm|head|neck|ln_post)\.|proj$|.*mask_token$|.*position_ids$"
+DINOV3_FLAGS = {"eps": 1e-5, "rope": 100.0, "head_width": 64, **DINO_FLAGS}
+UNUSED = (r"(norm|fc_norm|(local_)?cls_norm|(post_)?layernorm|pooler|head|fc|classifier|neck|ln_post)\."
+          r"|proj$|.*(mask_token|position_ids|bias_mask|periods)$")  # keys that no level needs
 
 LAYOUTS = [
     Layout("DINOv3", "layer.0.attention.q_proj.weight", "layer.#", {
         "cls": "embeddings.cls_token", "registers": "embeddings.register_tokens",
-        "patch_embed": "embeddings.patch_embeddings", "norm1": ".norm1",
-        "scale1": ".layer_scale1.lambda1",
+        "patch_embed": "embeddings.patch_embeddings", "norm1": ".norm1", "norm2": ".norm2",
+        "scale1": ".layer_scale1.lambda1", "scale2": ".layer_scale2.lambda1",
         "qkv": ".attention.q_proj .attention.k_proj .attention.v_proj", "proj": ".attention.o_proj",
-        "norm2": ".norm2", "scale2": ".layer_scale2.lambda1",
-        "fc1": ".mlp.up_proj", "fc2": ".mlp.down_proj"},
-        ENDS, DINO_FLAGS | {"eps": 1e-5, "rope": 100.0}, zeros=True),
-    Layout("DINOv2 giant", "encoder.layer.0.mlp.weights_in.weight", "encoder.layer.#",
-           DINOV2 | {"fc1": ".mlp.weights_in", "fc2": ".mlp.weights_out"}, ENDS, DINO_FLAGS),
-    Layout("DINOv2", "encoder.layer.0.layer_scale1.lambda1", "encoder.layer.#", DINOV2, ENDS, DINO_FLAGS),
+        "fc1": ".mlp.gate_proj .mlp.up_proj", "fc2": ".mlp.down_proj"},
+        DINOV3_FLAGS, "dinov3_vit", zeros=True),
+    Layout("DINOv3 (original)", "storage_tokens", "blocks.#", VIT_DINO | {
+        "pos": "", "registers": "storage_tokens", "fc1": ".mlp.fc1 .mlp.w1 .mlp.w2",
+        "fc2": ".mlp.fc2 .mlp.w3"}, DINOV3_FLAGS, r"dinov3\w*", zeros=True),
+    Layout("DINOv3 (timm)", "blocks.0.gamma_1", "blocks.#", VIT | {
+        "pos": "", "registers": "reg_token", "qkv": ".attn.qkv .attn.q_ .attn.v_",
+        "scale1": ".gamma_1", "scale2": ".gamma_2", "fc1": ".mlp.fc1 .mlp.fc1_g .mlp.fc1_x"},
+        DINOV3_FLAGS, r"vit_\w+_dinov3(_qkvb)?", zeros=True),
+    Layout("DINOv2", "encoder.layer.0.layer_scale1.lambda1", "encoder.layer.#", DINOV2, DINO_FLAGS,
+           r"dinov2\w*"),
     Layout("CLIP", "pre_layrnorm.weight", "encoder.layers.#",  # the typo is theirs
-           SIGLIP | {"cls": "embeddings.class_embedding", "pre_norm": "pre_layrnorm"}, ENDS, CLIP_FLAGS,
-           "vision_model."),
-    Layout("SigLIP", "embeddings.patch_embedding.bias", "encoder.layers.#", SIGLIP, ENDS,
-           {"activation": "gelu_tanh", **HALF}, "vision_model."),
+           SIGLIP | {"cls": "embeddings.class_embedding", "pre_norm": "pre_layrnorm"}, CLIP_FLAGS, "clip.*"),
+    Layout("SigLIP", "embeddings.patch_embedding.bias", "encoder.layers.#", SIGLIP,
+           {"activation": "gelu_tanh", **HALF}, r"siglip\w*"),
     Layout("CLIP (open_clip)", "ln_pre.weight", "transformer.resblocks.#", {
         "cls": "class_embedding", "pos": "positional_embedding", "patch_embed": "conv1",
         "pre_norm": "ln_pre", "norm1": ".ln_1", "qkv": ".attn.in_proj_", "proj": ".attn.out_proj",
-        "norm2": ".ln_2", "fc1": ".mlp.c_fc", "fc2": ".mlp.c_proj"}, ENDS, CLIP_FLAGS, "visual."),
+        "norm2": ".ln_2", "fc1": ".mlp.c_fc", "fc2": ".mlp.c_proj"}, CLIP_FLAGS, r"\w*clip\w*"),
     Layout("SAM", "layers.0.attn.rel_pos_h", "layers.#", {
         "pos": "pos_embed", "patch_embed": "patch_embed.projection", "norm1": ".layer_norm1",
-        "qkv": ".attn.qkv", "proj": ".attn.proj", "norm2": ".layer_norm2", **SAM},
-        ENDS, IMAGENET, "vision_encoder."),
-    Layout("SAM (original)", "blocks.0.attn.rel_pos_h", "blocks.#", VIT | SAM | {"cls": ""}, ENDS, IMAGENET,
-           "image_encoder."),
-    Layout("CLIP (timm)", "norm_pre.weight", "blocks.#", VIT | {"pre_norm": "norm_pre"}, ENDS,
-           CLIP_FLAGS | {"activation": "gelu"}),
-    Layout("DINOv2 giant (original)", "blocks.0.mlp.w12.weight", "blocks.#",
-           VIT_DINO | {"fc1": ".mlp.w12", "fc2": ".mlp.w3"}, ENDS, DINO_FLAGS),
-    Layout("DINOv2 with registers (timm)", "reg_token", "blocks.#",
-           VIT_DINO | {"registers": "reg_token"}, ENDS, DINO_FLAGS),
-    Layout("DINOv2 (original, timm)", "blocks.0.ls1.gamma", "blocks.#", VIT_DINO, ENDS, DINO_FLAGS),
-    Layout("ViT (timm)", "blocks.0.attn.qkv.weight", "blocks.#", VIT, ENDS, HALF),
+        "qkv": ".attn.qkv", "proj": ".attn.proj", "norm2": ".layer_norm2", **SAM}, IMAGENET, r"sam\w*"),
+    Layout("SAM (original, timm)", "blocks.0.attn.rel_pos_h", "blocks.#", VIT | SAM | {"cls": ""},
+           IMAGENET, "samvit.*"),
+    Layout("CLIP (timm)", "norm_pre.weight", "blocks.#", VIT | {"pre_norm": "norm_pre"},
+           CLIP_FLAGS | {"activation": "gelu"}, r"vit_\w+_clip_\w+"),
+    Layout("DINOv2 (original, timm)", "blocks.0.ls1.gamma", "blocks.#", VIT_DINO | {
+        "registers": "register_tokens reg_token", "fc1": ".mlp.fc1 .mlp.w12", "fc2": ".mlp.fc2 .mlp.w3"},
+        DINO_FLAGS, r"dinov2\w*|vit_\w+_dinov2"),
+    Layout("ViT (timm)", "blocks.0.attn.qkv.weight", "blocks.#", VIT, HALF,
+           r"(vit|deit)_[a-z]+_patch\d+(_gap)?_\d+(_\w*in21k\w*)?"),
 ]
-HEADS = {1152: 16, 1280: 0, 1408: 0, 1664: 0}  # by width, where it is not / 64; 0: families differ
+KNOWN = "layouts known: " + ", ".join(layout.family for layout in LAYOUTS)
+HEADS = {1152: 16, 4096: 32, 1280: 0, 1408: 0, 1664: 0}  # by width, if not / 64; 0: families differ
 
 
 class Weights(NamedTuple):
@@ -308,13 +305,9 @@ class Weights(NamedTuple):
     path: Path
 
 
-def layouts_known() -> str:
-    return ", ".join(layout.family for layout in LAYOUTS)
-
-
-def rename(file: dict[str, Tensor], layout: Layout) -> tuple[dict[str, Tensor], list[str]]:
-    """Give the weights of a file our names, q, k and v stacked; also list the keys that have no place."""
-    prefix, stacks, odd = "" if layout.mark in file else layout.prefix, {}, []
+def rename(file: dict[str, Tensor], layout: Layout, prefix: str) -> tuple[dict[str, Tensor], list[str]]:
+    """Give the weights below a prefix our names, q, k and v stacked; also list the keys without a place."""
+    stacks, odd = {}, []
     block = re.escape(layout.block).replace(r"\#", r"(\d+)")
     rules = [(re.compile(f"{block if part[0] == '.' else '()'}{re.escape(part)}\\.?(weight|bias|)"), ours, k)
              for ours, theirs in layout.names.items() for k, part in enumerate(theirs.split())]
@@ -327,11 +320,30 @@ def rename(file: dict[str, Tensor], layout: Layout) -> tuple[dict[str, Tensor], 
                 stacks.setdefault(name, {})[k] = tensor.float()
                 break
         else:
-            odd += [] if re.match(layout.unused, key.removeprefix(prefix)) else [key]
-    for name, stack in stacks.items():
-        if layout.zeros and name.endswith("qkv.bias"):
-            stack.setdefault(1, torch.zeros_like(stack[0]))
-    return {name: torch.cat([stack[k] for k in sorted(stack)]) for name, stack in stacks.items()}, odd
+            odd += [] if re.match(UNUSED, key.removeprefix(prefix)) else [key]
+    state = {name: torch.cat([stack[k] for k in sorted(stack)]) for name, stack in stacks.items()}
+    for weight in [k for k in state if layout.zeros and k.endswith("qkv.weight")]:
+        third, bias = len(state[weight]) // 3, weight.replace("weight", "bias")
+        given = state.get(bias, torch.zeros(3 * third))  # of q and v, of q, k and v, or none
+        state[bias] = torch.cat([given[:third], torch.zeros(third), given[-third:]])
+    return state, odd
+
+
+def find_layout(weights: Weights) -> tuple[Layout, str]:
+    """Find which layout's mark a file has, under which prefix. Raises ValueError."""
+    file, hints, _, path = weights
+    for layout in LAYOUTS:
+        found = [key.removesuffix(layout.mark) for key in file if f".{key}".endswith(f".{layout.mark}")]
+        if len(found) > 1:
+            raise ValueError(f"{path} has several networks that look like {layout.family}, under "
+                             f"{' and '.join(map(repr, found))}; store the one that is wanted alone")
+        if found and (model := hints["model"]) and not re.fullmatch(layout.models, model):
+            raise ValueError(f"{path} has the keys of {layout.family}, but the config.json beside it says "
+                             f"{model}: another network, which would be wrong here; {KNOWN}")
+        if found:
+            return layout, found[0]
+    keys = ", ".join(list(file)[:3])
+    raise ValueError(f"{path} has weights of no known layout (first keys: {keys}); {KNOWN}")
 
 
 def read_encoder(weights: Weights) -> tuple[Encoder, str]:
@@ -340,27 +352,17 @@ def read_encoder(weights: Weights) -> tuple[Encoder, str]:
     Sizes come from the shapes, the rest from config.json or the family. Raises ValueError.
     """
     file, hints, _, path = weights
-    layout = next((x for x in LAYOUTS if x.mark in file or x.prefix + x.mark in file), None)
-    if layout is None:
-        raise ValueError(f"{path} has weights of no known layout (first keys: {', '.join(list(file)[:3])}); "
-                         f"layouts known: {layouts_known()}")
+    layout, prefix = find_layout(weights)
     try:
-        state, odd = rename(file, layout)
-        missing = [k for k in ("cls", "pos") if layout.names.get(k) and k not in state]
+        state, odd = rename(file, layout, prefix)
+        needed = ("pos",) if layout.names is VIT else ("cls", "pos")
+        if lost := [k for k in needed if layout.names.get(k) and k not in state]:
+            raise ValueError(f"{lost[0]} is missing")
         encoder = Encoder(describe_encoder(state, layout.flags | hints, path))
-        expected = encoder.state_dict()
-        missing += [k for k in expected if k not in state]
-        odd += [k for k in state if k not in expected]
-        wrong = [f"{k} is {tuple(state[k].shape)} instead of {tuple(v.shape)}"
-                 for k, v in expected.items() if k in state and state[k].shape != v.shape]
-        for keys, what in ((missing, "missing"), (odd, "unexpected")):
-            wrong += [f"{len(keys)} keys {what} ({', '.join(keys[:4])})"] if keys else []
-        if wrong:
-            raise ValueError("; ".join(wrong[:6]))
-        encoder.load_state_dict(state)
+        prism.load_strict(encoder, state | {key: file[key] for key in odd}, path)
     except (ValueError, RuntimeError, LookupError) as error:
         raise ValueError(f"{path} looks like {layout.family} but does not fit, by our names: "
-                         f"{prism.one_line(error)}; layouts known: {layouts_known()}") from error
+                         f"{prism.one_line(error)}; {KNOWN}") from error
     return encoder, layout.family
 
 
@@ -376,13 +378,15 @@ def describe_encoder(state: dict[str, Tensor], flags: dict, path: Path) -> Encod
     if pos is not None:
         if pos.ndim < 4:
             pos = pos.reshape(-1, dim)
-            side = math.isqrt(len(pos))
-            on_cls, pos = pos.split([len(pos) - side**2, side**2])
-            if len(on_cls) > 1:
-                raise ValueError(f"{len(on_cls) + side**2} rows of positions, with or without a class token "
-                                 "no square")
-            prefix = [token + on_cls for token in prefix] if len(on_cls) else prefix
-            pos = pos.view(1, side, side, dim)
+            sides = [n // patch.shape[-1] for n in flags.get("pixels", ())]
+            if math.prod(sides) not in (len(pos), len(pos) - len(prefix)):  # not told, or of another table
+                sides = [math.isqrt(len(pos))] * 2
+            more = len(pos) - math.prod(sides)
+            if more not in (0, len(prefix)):
+                raise ValueError(f"{len(pos)} rows of positions, with or without a class token no square; a "
+                                 "config.json beside the file must give the image size")
+            prefix = [token + pos[:more] for token in prefix] if more else prefix
+            pos = pos[more:].view(1, *sides, dim)
         state["pos_embed"] = pos.permute(0, 3, 1, 2)
     if registers is None and flags.get("registers", "rope" in flags):
         raise ValueError("the registers are missing")
@@ -396,7 +400,8 @@ def describe_encoder(state: dict[str, Tensor], flags: dict, path: Path) -> Encod
         whole = tuple(i for i, side in enumerate(sides) if side == grid[0])
         flags |= {"window": min(sides), "global_blocks": whole}
         flags.setdefault("heads", dim // offsets[0].shape[1])
-    heads = flags.setdefault("heads", HEADS.get(dim, 0 if dim % 64 else dim // 64))
+    narrow = flags.get("head_width", 0 if dim in HEADS else 64)
+    heads = flags.setdefault("heads", HEADS.get(dim) or (dim // narrow if narrow else 0))
     if not heads or dim % heads:
         raise ValueError(f"{heads or 'an unknown number of'} heads do not divide the width {dim}: a "
                          "config.json beside the file must give num_attention_heads")
@@ -423,35 +428,35 @@ class Source(NamedTuple):
     pixels: int  # side of the images that it was trained on at last
 
 
-SOURCES = {
-    "dinov2-s": Source("facebook/dinov2-small", "Apache-2.0", 384, 12, 14, 518),
-    "dinov2-b": Source("facebook/dinov2-base", "Apache-2.0", 768, 12, 14, 518),
-    "dinov2-l": Source("facebook/dinov2-large", "Apache-2.0", 1024, 24, 14, 518),
-    "dinov2-g": Source("facebook/dinov2-giant", "Apache-2.0", 1536, 40, 14, 518),
-    "dinov2-reg-s": Source("facebook/dinov2-with-registers-small", "Apache-2.0", 384, 12, 14, 518),
-    "dinov2-reg-b": Source("facebook/dinov2-with-registers-base", "Apache-2.0", 768, 12, 14, 518),
-    "dinov2-reg-l": Source("facebook/dinov2-with-registers-large", "Apache-2.0", 1024, 24, 14, 518),
-    "dinov2-reg-g": Source("facebook/dinov2-with-registers-giant", "Apache-2.0", 1536, 40, 14, 518),
-    "clip-b": Source("openai/clip-vit-base-patch16", "MIT", 768, 12, 16, 224),
-    "clip-l": Source("openai/clip-vit-large-patch14", "MIT", 1024, 24, 14, 224),
-    "clip-l-336": Source("openai/clip-vit-large-patch14-336", "MIT", 1024, 24, 14, 336),
-    "clip-laion-b": Source("timm/vit_base_patch16_clip_384.laion2b_ft_in12k_in1k", "Apache-2.0",
-                           768, 12, 16, 384),
-    "clip-laion-l": Source("timm/vit_large_patch14_clip_336.laion2b_ft_in12k_in1k", "Apache-2.0",
-                           1024, 24, 14, 336),
-    "sam-b": Source("facebook/sam-vit-base", "Apache-2.0", 768, 12, 16, 1024),
-    "sam-l": Source("facebook/sam-vit-large", "Apache-2.0", 1024, 24, 16, 1024),
-    "sam-h": Source("facebook/sam-vit-huge", "Apache-2.0", 1280, 32, 16, 1024),
-    "siglip2-b": Source("google/siglip2-base-patch16-384", "Apache-2.0", 768, 12, 16, 384),
-    "siglip2-l": Source("google/siglip2-large-patch16-384", "Apache-2.0", 1024, 24, 16, 384),
-    "siglip2-so400m": Source("google/siglip2-so400m-patch16-384", "Apache-2.0", 1152, 27, 16, 384),
-    "dinov3-s": Source("facebook/dinov3-vits16-pretrain-lvd1689m", "DINOv3 (gated)", 384, 12, 16, 256),
-    "dinov3-b": Source("facebook/dinov3-vitb16-pretrain-lvd1689m", "DINOv3 (gated)", 768, 12, 16, 256),
-    "dinov3-l": Source("facebook/dinov3-vitl16-pretrain-lvd1689m", "DINOv3 (gated)", 1024, 24, 16, 256),
-    "augreg-s": Source("timm/vit_small_patch16_384.augreg_in21k_ft_in1k", "Apache-2.0", 384, 12, 16, 384),
-    "augreg-b": Source("timm/vit_base_patch16_384.augreg_in21k_ft_in1k", "Apache-2.0", 768, 12, 16, 384),
-    "augreg-l": Source("timm/vit_large_patch16_384.augreg_in21k_ft_in1k", "Apache-2.0", 1024, 24, 16, 384),
-}
+TABLE = """
+dinov2-s       facebook/dinov2-small                                 Apache-2.0     384 12 14  518
+dinov2-b       facebook/dinov2-base                                  Apache-2.0     768 12 14  518
+dinov2-l       facebook/dinov2-large                                 Apache-2.0    1024 24 14  518
+dinov2-g       facebook/dinov2-giant                                 Apache-2.0    1536 40 14  518
+dinov2-reg-s   facebook/dinov2-with-registers-small                  Apache-2.0     384 12 14  518
+dinov2-reg-b   facebook/dinov2-with-registers-base                   Apache-2.0     768 12 14  518
+dinov2-reg-l   facebook/dinov2-with-registers-large                  Apache-2.0    1024 24 14  518
+dinov2-reg-g   facebook/dinov2-with-registers-giant                  Apache-2.0    1536 40 14  518
+clip-b         openai/clip-vit-base-patch16                          MIT            768 12 16  224
+clip-l         openai/clip-vit-large-patch14                         MIT           1024 24 14  224
+clip-l-336     openai/clip-vit-large-patch14-336                     MIT           1024 24 14  336
+clip-laion-b   timm/vit_base_patch16_clip_384.laion2b_ft_in12k_in1k  Apache-2.0     768 12 16  384
+clip-laion-l   timm/vit_large_patch14_clip_336.laion2b_ft_in12k_in1k Apache-2.0    1024 24 14  336
+sam-b          facebook/sam-vit-base                                 Apache-2.0     768 12 16 1024
+sam-l          facebook/sam-vit-large                                Apache-2.0    1024 24 16 1024
+sam-h          facebook/sam-vit-huge                                 Apache-2.0    1280 32 16 1024
+siglip2-b      google/siglip2-base-patch16-384                       Apache-2.0     768 12 16  384
+siglip2-l      google/siglip2-large-patch16-384                      Apache-2.0    1024 24 16  384
+siglip2-so400m google/siglip2-so400m-patch16-384                     Apache-2.0    1152 27 16  384
+dinov3-s       facebook/dinov3-vits16-pretrain-lvd1689m              DINOv3-gated   384 12 16  256
+dinov3-b       facebook/dinov3-vitb16-pretrain-lvd1689m              DINOv3-gated   768 12 16  256
+dinov3-l       facebook/dinov3-vitl16-pretrain-lvd1689m              DINOv3-gated  1024 24 16  256
+augreg-s       timm/vit_small_patch16_384.augreg_in21k_ft_in1k       Apache-2.0     384 12 16  384
+augreg-b       timm/vit_base_patch16_384.augreg_in21k_ft_in1k        Apache-2.0     768 12 16  384
+augreg-l       timm/vit_large_patch16_384.augreg_in21k_ft_in1k       Apache-2.0    1024 24 16  384
+"""
+SOURCES = {row[0]: Source(*row[1:3], *map(int, row[3:]))
+           for row in map(str.split, TABLE.strip().splitlines())}
 
 
 # What no short name tells: flags of a family, for encoders of its shape with random weights.
@@ -511,6 +516,9 @@ def read_source(source: str, sha256: str | None = None) -> Weights:
         if not there:
             raise ValueError(f"{path} has no weights; put {' or '.join(WEIGHTS)} there")
         path = there[0]
+    if re.search(r"-\d+-of-\d+\.|\.index\.json$", path.name):
+        raise ValueError(f"{path} is a shard of weights, or a list of shards; load all of them with "
+                         "safetensors.torch.load_file and save them as one model.safetensors")
     with open(path, "rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     record = read_json(path.parent / "source.json")
@@ -524,17 +532,13 @@ def read_source(source: str, sha256: str | None = None) -> Weights:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read safetensors, or a pickle of plain weights. Raises ValueError."""
-    try:
-        content = (load_file(path) if path.suffix == ".safetensors" else
-                   torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # both libraries raise many kinds
-        raise ValueError(f"{path} cannot be read as weights ({prism.one_line(error)}); it is damaged or "
-                         "holds more than weights: delete it and make or fetch it again") from error
-    for wrapper in ("state_dict", "model"):
+    content = prism.read_file(path)
+    for wrapper in ("state_dict", "model", "teacher"):
         content = content.get(wrapper, content) if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not all(isinstance(x, Tensor) for x in content.values()):
+    weights = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
+    if not weights:
         raise ValueError(f"{path} is no table of weights by name; name a file of weights alone")
-    return content
+    return weights
 
 
 def read_json(path: Path) -> dict:
@@ -547,11 +551,16 @@ def read_hints(folder: Path) -> dict:
 
     "told": what of it the files themselves said.
     """
-    config, preprocessor, clip = (read_json(folder / name) for name in SIDECARS)
+    config, preprocessor, processor, clip = (read_json(folder / name) for name in SIDECARS)
     vision, timm = config.get("vision_config", config), config.get("pretrained_cfg", {})
+    tower = clip.get("model_cfg", {}).get("vision_cfg", {})  # open_clip
     terms = {"num_attention_heads": "heads", "layer_norm_eps": "eps", "rope_theta": "rope",
-             "hidden_act": "activation", "num_register_tokens": "registers"}
-    hints = {ours: vision[theirs] for theirs, ours in terms.items() if theirs in vision}
+             "image_size": "pixels", "hidden_act": "activation", "num_register_tokens": "registers",
+             "head_width": "head_width"}
+    hints = {ours: x[theirs] for x in (vision, tower) for theirs, ours in terms.items() if theirs in x}
+    hints["model"] = config.get("architecture", config.get("model_type"))
+    pixels = timm["input_size"][1:] if "input_size" in timm else hints.get("pixels", ())
+    hints["pixels"] = [pixels, pixels] if isinstance(pixels, int) else pixels
     if str(config.get("model_type")).startswith("clip"):
         hints.setdefault("activation", "quick_gelu")  # what transformers takes where a config is silent
     if "architecture" in config:  # timm; its first configs of OpenAI's CLIP said nothing of QuickGELU
@@ -563,17 +572,19 @@ def read_hints(folder: Path) -> dict:
         hints["activation"] = "gelu_tanh"
     if hints.get("activation", "gelu") not in ACTIVATIONS:
         raise ValueError(f"{folder}: activation {hints['activation']}; known are {', '.join(ACTIVATIONS)}")
-    for table, start in ((clip.get("preprocess_cfg", {}), ""), (timm, ""), (preprocessor, "image_")):
+    for table, start in ((clip.get("preprocess_cfg", {}), ""), (timm, ""), (preprocessor, "image_"),
+                         (processor.get("image_processor", {}), "image_")):
         if start + "mean" in table and start + "std" in table:  # the last has the last word
-            hints |= {name: tuple(table[start + name]) for name in ("mean", "std")}
+            scale = 255 if max(table[start + "mean"]) > 1 else 1  # of colours that count to 255
+            hints |= {name: tuple(x / scale for x in table[start + name]) for name in ("mean", "std")}
     return hints | {"told": list(hints)}
 
 
 # ------------------------------------------------------------------------------------------ download
 
-SIDECARS = ("config.json", "preprocessor_config.json", "open_clip_config.json")
+SIDECARS = ("config.json", "preprocessor_config.json", "processor_config.json", "open_clip_config.json")
 WEIGHTS = ("model.safetensors", "pytorch_model.bin",  # the first that the repo has
-           "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+           "open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors.index.json")
 RETRIES, PAUSE = 5, 1.0  # tries in a row, seconds before the second; then twice as many each time
 CHUNK = 2**16  # bytes; a line that breaks loses less than one
 BROKEN = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
@@ -598,15 +609,14 @@ def fetch_repo(repo: str, revision: str = "main", sha256: str | None = None) -> 
             return folder
         endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
         base = f"{endpoint}/{repo}/resolve/{quote(revision, safe='')}"
-        known = [(folder / name).exists() or download(f"{base}/{name}", folder / name) for name in SIDECARS]
+        for name in SIDECARS:
+            (folder / name).exists() or download(f"{base}/{name}", folder / name)
         for name in WEIGHTS:
             if facts := download(f"{base}/{name}", folder / name, sha256):
                 source = {"repo": repo, "revision": revision, **facts, "file": name}
                 (folder / "source.json").write_text(json.dumps(source, indent=1) + "\n")
                 return folder
-    raise FileNotFoundError(f"{repo} at {revision} has none of {', '.join(WEIGHTS)}" + (
-        ": choose a repo that has (shards are not read)" if any(known) else
-        ", nor a config: check its name and the revision"))
+    raise FileNotFoundError(f"{repo} at {revision} has none of {WEIGHTS}; check name and revision")
 
 
 def download(url: str, path: Path, sha256: str | None = None) -> dict | None:
@@ -621,8 +631,8 @@ def download(url: str, path: Path, sha256: str | None = None) -> dict | None:
             break
         except BROKEN as error:
             if attempt == RETRIES:
-                raise ConnectionError(f"gave up on {url} ({prism.one_line(error)}); what came is kept, the "
-                                      f"same command goes on; or put the file into {path.parent}") from error
+                raise ConnectionError(f"no connection to {url} ({prism.one_line(error)}); what came is kept: "
+                                      f"repeat the command, or put the file into {path.parent}") from error
             time.sleep(PAUSE * 2 ** (attempt - 1))
     if stated is None:
         return None
@@ -637,7 +647,9 @@ def download(url: str, path: Path, sha256: str | None = None) -> dict | None:
 
 def transfer(url: str, part: Path) -> dict | None:
     """Add to `part` what it lacks; returns "commit" and "sha256" as the hub states them, None for a 404."""
-    have, token = part.stat().st_size if part.exists() else 0, os.environ.get("HF_TOKEN")
+    have, token = part.stat().st_size if part.exists() else 0, os.environ.get("HF_TOKEN", "").strip()
+    if not re.fullmatch(r"[!-~]*", token):
+        raise ValueError("HF_TOKEN holds characters that no token has; set it anew")
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {}),
                **({"Authorization": f"Bearer {token}"} if token else {})}
     # auth: without one, requests replaces the token if ~/.netrc knows the host
@@ -689,9 +701,9 @@ def read_scenes(root: Path) -> Scenes:
     """Read the world's train split."""
     world = data.World(root, "train", cache=False)
     samples = [world.read(i, labels=False) for i in range(len(world))]  # with all labels: four times as long
-    paths = [data.sample_paths(root, world.files, name)["labelmap"] for name in world.ids]
     images = torch.from_numpy(np.stack([sample["image"] for sample in samples]))  # (B, S, S, 3)
-    labelmaps = np.stack([data.load_array(path, "LabelMap").astype(np.uint8) for path in paths])
+    paths = [data.sample_paths(root, world.files, name)["labelmap"] for name in world.ids]
+    labelmaps = np.stack([data.load_array(path) for path in paths])
     return Scenes(images.permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labelmaps),
                   *caption_tables([sample["caption"] for sample in samples]))
 
@@ -886,7 +898,7 @@ def toy_path(name: str) -> Path:
     code = Path(__file__).read_text().partition("- toys\n")[2].partition("def toy_path")[0]
     parts = [Encoder, EncoderBlock, prism.Attention, prism.MLP, prism.Block]
     world = data.world_key(data.WorldSettings())
-    text = repr((name, TOYS[name], world, code, *map(inspect.getsource, parts)))
+    text = repr((name, TOYS[name], world, *map(data.code_alone, (code, *map(inspect.getsource, parts)))))
     key = hashlib.sha256(text.encode()).hexdigest()[:12]
     return data.cache_folder() / f"{name}-{key}.safetensors"
 
@@ -1094,19 +1106,13 @@ def draw_features(photo: np.ndarray, members: dict[str, Teacher], side: int = 25
 def list_teachers() -> None:
     """Print names, sources, sizes, licences, and what the cache holds."""
     rows = {}
-    for name, toy in TOYS.items():
-        cfg = toy.encoder
-        rows[name] = {"weights": f"trained here: {toy.objective.__name__}",
-                      "width x depth": f"{cfg.dim} x {cfg.depth}", "patch": cfg.patch,
-                      "pixels": cfg.patch * cfg.grid[0], "licence": "MIT",
-                      "cached": "yes" if toy_path(name).exists() else ""}
     for name, s in SOURCES.items():
         cached = any((repo_folder(s.repo) / file).exists() for file in WEIGHTS)
         rows[name] = {"weights": s.repo, "width x depth": f"{s.width} x {s.depth}", "patch": s.patch,
                       "pixels": s.pixels, "licence": s.licence, "cached": "yes" if cached else ""}
     prism.show("name", rows)
-    print(f"cache: {data.cache_folder()}\nA hub repo, folder or file of your own works, too, in one of these "
-          "layouts: " + layouts_known())
+    print(f"{', '.join(TOYS)}: trained here, on the rendered world\ncache: {data.cache_folder()}\n"
+          f"A hub repo, folder or file of your own works, too; {KNOWN}")
 
 
 @dataclass
@@ -1126,8 +1132,6 @@ def main(args: Args) -> None:
     """Do what the arguments ask for, the list if nothing."""
     if not args.names:
         return list_teachers()
-    if args.sha256 and len(args.names) > 1:
-        raise ValueError(f"one --sha256 for {len(args.names)} teachers; name one")
     device, members = prism.choose_device(args.device), {}
     photo = data.read_photo(args.image) if args.image else None
     for name, source in name_sources(args.names).items():

@@ -147,10 +147,18 @@ class Runtime(NamedTuple):
         return torch.autocast(self.device.type, self.amp) if self.amp else nullcontext()
 
 
+def process_place() -> tuple[int, int]:
+    """Return this process's rank and the number of processes, as torchrun tells them. Raises ValueError."""
+    rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdigit() and world_size.isdigit() and int(rank) < int(world_size)):
+        raise ValueError(f"RANK {rank!r} of WORLD_SIZE {world_size!r} cannot be; use torchrun, or unset both")
+    return int(rank), int(world_size)
+
+
 def start_runtime(device: str | None) -> Runtime:
     """Join torchrun's processes if there are any; pick device and dtype. Raises ValueError."""
     chosen, gpu = prism.choose_device(device), prism.choose_device(device).type == "cuda"
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = process_place()
     if gpu and chosen.index is None:
         chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(chosen)
@@ -192,8 +200,8 @@ def explained():
     except RuntimeError as error:
         if world_size() == 1 or not re.search("peer|connection|gloo|NCCL", str(error), re.IGNORECASE):
             raise
-        raise ConnectionError(f"process {dist.get_rank()} ends because another one did; see what that one "
-                              f"says, then repeat the command ({prism.one_line(error)})") from error
+        raise ConnectionError(f"process {dist.get_rank()} ends because another one did: see what that one "
+                              f"says, repeat the command ({prism.one_line(error)})") from error
 
 
 @contextmanager
@@ -216,15 +224,14 @@ def check_args(args: Args) -> None:
         value = getattr(args, flag)
         if value is not None and not (value > 0 or (flag == "lr" and value == 0)):
             raise ValueError(f"--{flag.replace('_', '-')} {value} is not above 0")
-    patch, processes = prism.SIZES[args.size].patch, int(os.environ.get("WORLD_SIZE", 1))
+    patch, (_, processes) = prism.SIZES[args.size].patch, process_place()
     parts = processes * args.accumulate
     if args.distill:
         teachers.name_sources(args.teachers)
     elif args.stage != "recompose":
         raise ValueError(f"--no-distill leaves nothing to {args.stage}; add --stage recompose")
     if args.student in ("prism", "moe") and args.every_teacher:
-        raise ValueError(f"--every-teacher True with {args.student}: its experts are chosen for one teacher "
-                         "per image; use sak, dense or wide")
+        raise ValueError(f"--every-teacher True: {args.student} serves a teacher per image; use sak or dense")
     prism.check_config(student_config(args))
     for name in args.stages():
         stage = choose_recipe(args, name)
@@ -330,15 +337,16 @@ def assign_teachers(B: int, count: int, seed: int, step: int) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------- losses
-# Every term is scaled so that its mean over processes is the value over the whole batch: sums are
-# divided by the count of all processes and multiplied by their number, which DDP's averaging undoes.
+# Every term is scaled so that its mean over processes and passes is the value over the whole step: sums are
+# divided by the step's count, as a share of one pass, and multiplied by the number of processes, which
+# DDP's averaging undoes. So passes and processes of any number make one step, whatever each of them sees.
 
 
 def over_all(total: Tensor, count: Tensor | float) -> Tensor:
-    """Divide a local sum by the count over all processes (at least 1)."""
+    """Divide a local sum by the count over all processes; nothing to count: zero."""
     if not torch.is_tensor(count):  # filled on the device: a copy from the host would wait for it
         count = torch.full((), count, device=total.device)
-    return total * world_size() / global_sum(count.float()).clamp(min=1)
+    return total * world_size() / global_sum(count.float()).clamp(min=1e-6)
 
 
 def global_sum(x: Tensor) -> Tensor:
@@ -353,16 +361,17 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def distill_terms(distilled: dict[str, list[Tensor]], targets: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+def distill_terms(distilled: dict[str, list[Tensor]], targets: dict[str, list[Tensor]],
+                  counts: dict[str, float]) -> dict[str, Tensor]:
     """L_distill per teacher: sum over levels of 0.9 (1 - cos) + 0.1 SmoothL1 (released code's weights).
 
     Both hold 4 maps (B_t, C, h, w) per teacher; the smaller map is upsampled to the other. cos is taken
-    once per image over the flattened map (released code).
+    once per image over the flattened map (released code). counts: a teacher's images in a pass, on average.
     """
     terms = {}
     for name, maps in distilled.items():
         losses = [map_loss(x.float(), y.float()) for x, y in zip(maps, targets[name], strict=True)]
-        terms[f"distill/{name}"] = over_all(torch.stack(losses).sum(), len(maps[0]))
+        terms[f"distill/{name}"] = over_all(torch.stack(losses).sum(), counts[name])
     return terms
 
 
@@ -400,16 +409,16 @@ def decorr_term(levels: list[Tensor], epsilon: float = 0.0) -> Tensor:
     return total
 
 
-def official_decorr_term(maps: list[Tensor]) -> Tensor:
+def official_decorr_term(maps: list[Tensor], images: float) -> Tensor:
     """The released code's L_decorr: on projector outputs (B_1, C, h, w) of the first teacher, every pair
-    counts |cos| (1 - exp(-d^2 / 2 s^2)), s = 0.1 min(h, w), halved per level."""
+    counts |cos| (1 - exp(-d^2 / 2 s^2)), s = 0.1 min(h, w), halved per level; images: B_1 on average."""
     h, w = maps[0].shape[-2:]
     weight = 1 - torch.exp(-(patch_distances(h, w, maps[0].device) ** 2) / (2 * (0.1 * min(h, w)) ** 2))
     total = maps[0].new_zeros((), dtype=torch.float32)
     for z in maps[:2]:
         z = F.normalize(z.float().flatten(2), dim=1)  # (B_1, C, h*w)
         alike = (z.transpose(1, 2) @ z).abs() * weight
-        total = total + 0.5 * over_all(alike.sum(), float(len(z)) * weight.numel())
+        total = total + 0.5 * over_all(alike.sum(), images * weight.numel())
     return total
 
 
@@ -430,65 +439,57 @@ def mean_loads(routes: list[prism.Route]) -> Tensor:
     return global_sum(torch.stack([r.load for r in routes])) / world_size()
 
 
-def classes_loss(x: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy of logits (B, C, H, W) with classes (B, H, W), 255 ignored: mean over valid pixels."""
-    total = F.cross_entropy(x, target, ignore_index=255, reduction="sum")
-    return over_all(total, (target != 255).sum())
+def task_term(kind: str, x: Tensor, target: Tensor, step: Tensor) -> Tensor:
+    """Mean loss over the valid pixels (not 255) of a step, for outputs x (B, C, H, W) of one of its passes.
+
+    target (B, [3,] H, W): labels of the pass; step: of all its passes, as long as `target` where it is one.
+    """
+    valid, counted = (y != 255 if y.ndim == 3 else (y != 255).all(1) for y in (target, step))
+    loss = TASK_LOSSES[kind](x, target, step).masked_fill(~valid, 0)
+    return over_all(loss.sum(), counted.sum() * (len(target) / len(step)))
 
 
-def mask_loss(x: Tensor, target: Tensor) -> Tensor:
-    """Two-class cross-entropy of (B, 2, H, W), classes weighted by the batch's share of the other class."""
-    valid = target != 255
-    positive, count = global_sum(torch.stack([(target == 1).sum(), valid.sum()]).float())
+def mask_loss(x: Tensor, target: Tensor, step: Tensor) -> Tensor:
+    """Two-class cross-entropy, classes weighted by the step's share of the other class."""
+    positive, count = global_sum(torch.stack([(step == 1).sum(), (step != 255).sum()]).float())
     weight_of_one = 1 - positive / count.clamp(min=1)
     weight = torch.stack([1 - weight_of_one, weight_of_one])
-    return over_all(F.cross_entropy(x, target, weight, ignore_index=255, reduction="sum"), valid.sum())
+    return F.cross_entropy(x, target, weight, ignore_index=255, reduction="none")
 
 
-def edge_loss(x: Tensor, target: Tensor) -> Tensor:
-    """0.95 / 0.05 weighted logistic loss of logits (B, 1, H, W) with edges (B, H, W) in {0, 1, 255}."""
-    x, valid = x.squeeze(1), target != 255
-    loss = 0.95 * target * F.softplus(-x) + 0.05 * (1 - target) * F.softplus(x)
-    return over_all(loss.masked_fill(~valid, 0).sum(), valid.sum())
-
-
-def normals_loss(x: Tensor, target: Tensor) -> Tensor:
-    """L1 between x / |x| and labelled normals (B, 3, H, W), channels added, mean over valid pixels."""
-    valid = (target != 255).all(1)  # (B, H, W)
-    loss = (F.normalize(x, dim=1) - target).abs().sum(1)
-    return over_all(loss.masked_fill(~valid, 0).sum(), valid.sum())
-
-
-def number_loss(x: Tensor, target: Tensor) -> Tensor:
-    """Mean |x - d| over known numbers, such as metres; x (B, 1, H, W), target (B, H, W), 255 unknown."""
-    valid = target != 255
-    return over_all((x.squeeze(1) - target).abs().masked_fill(~valid, 0).sum(), valid.sum())
-
-
-TASK_LOSSES = {  # by kind of task
-    "classes": classes_loss, "mask": mask_loss, "edge": edge_loss, "normals": normals_loss,
-    "number": number_loss,
+TASK_LOSSES = {  # kind of task -> loss (B, H, W) of each pixel
+    "classes": lambda x, y, _: F.cross_entropy(x, y, ignore_index=255, reduction="none"),
+    "mask": mask_loss,
+    "edge": lambda x, y, _: 0.95 * y * F.softplus(-x[:, 0]) + 0.05 * (1 - y) * F.softplus(x[:, 0]),
+    "normals": lambda x, y, _: (F.normalize(x, dim=1) - y).abs().sum(1),
+    "number": lambda x, y, _: (x[:, 0] - y).abs(),
 }
 
 
 def loss_terms(out: prism.Output, targets: dict, batch: dict, cfg: prism.PrismConfig, mu: float,
-               decorr_levels: int = 2) -> dict[str, tuple[float, Tensor]]:
-    """List {name: (weight, term)} of one step; the loss is the sum of weight * term (eq. 8).
+               decorr_levels: int = 2, step: dict | None = None) -> dict[str, tuple[float, Tensor]]:
+    """List {name: (weight, term)} of one pass; the loss is the sum of weight * term (eq. 8).
 
     Distillation terms (deconstruct, and recompose times mu): 0.9 L_distill + 0.1 L_decorr + 0.001 balance,
     of which a student has those that it has the tensors for: SAK no levels, dense ones no routes.
+    step: this process's batch of the whole step, of which `batch` is a pass; None: the same.
     """
     distill, decorr = (1.0, 0.5) if cfg.official else (0.9, 0.1)
-    terms = {k: (mu * distill, v) for k, v in distill_terms(out.distilled, targets).items()}
+    counts = {name: len(maps[0]) for name, maps in out.distilled.items()}
+    if step is not None:  # on the host
+        share = len(batch["image"]) / len(step["image"])
+        counts = {name: share * (step["teacher"] == i).sum().item() for i, name in enumerate(counts)}
+    terms = {k: (mu * distill, v) for k, v in distill_terms(out.distilled, targets, counts).items()}
     if out.levels and decorr_levels:
-        first = out.distilled[next(iter(cfg.teachers))]
-        term = official_decorr_term(first) if cfg.official else decorr_term(out.levels[:decorr_levels])
+        first = next(iter(cfg.teachers))
+        term = (official_decorr_term(out.distilled[first], counts[first]) if cfg.official else
+                decorr_term(out.levels[:decorr_levels]))
         terms["decorr"] = (mu * decorr, term)
     if out.routes:
         terms["balance"] = (mu * 0.001, balance_term(out.routes))
     for task, x in out.predicted.items():
         row = data.TASKS[task]
-        terms[task] = (row.weight, TASK_LOSSES[row.kind](x, batch[task]))
+        terms[task] = (row.weight, task_term(row.kind, x, batch[task], (step or batch)[task]))
     return terms
 
 
@@ -510,8 +511,8 @@ class Log:
     def add(self, values: dict[str, Tensor]) -> None:
         self.rows.append({k: v.detach().float().mean() for k, v in values.items()})
 
-    def flush(self, step: int, images: int, lr: float) -> None:
-        """Average the interval that ends before `step` over steps and processes, check, print, append."""
+    def flush(self, step: int, images: int, lr: float) -> str:
+        """Average what came since the last time over steps and processes, check, append; return a line."""
         names = list(self.rows[0])
         table = torch.stack([torch.stack(list(row.values())) for row in self.rows])
         table = global_sum(table).cpu() / self.rt.world_size  # (steps, values)
@@ -529,11 +530,11 @@ class Log:
         if self.rt.rank == 0:
             with open(self.path, "a") as file:  # by name each time: whoever rotates logs may take it away
                 file.write(json.dumps(row) + "\n")
-            shown = {k: v for k, v in values.items() if not k.startswith(("load/", "dead/"))}
-            print(f"{self.stage} {step}/{self.steps}  "
-                  + " ".join(f"{k.removeprefix('distill/')} {v:.3f}" for k, v in shown.items())
-                  + f" | lr {lr:.1e} {row['images_per_s']:.0f} images/s {row['ms']:.0f} ms "
-                  f"{row['memory_gib']:.1f} GiB {row['seconds_left'] / 60:.1f} min left", flush=True)
+        shown = {k: v for k, v in values.items() if not k.startswith(("load/", "dead/"))}
+        return (f"{self.stage} {step}/{self.steps}  "
+                + " ".join(f"{k.removeprefix('distill/')} {v:.3f}" for k, v in shown.items())
+                + f" | lr {lr:.1e} {row['images_per_s']:.0f} images/s {row['ms']:.0f} ms "
+                f"{row['memory_gib']:.1f} GiB {row['seconds_left'] / 60:.1f} min left")
 
 
 def routing_values(routes: list[prism.Route], blocks: tuple[int, ...]) -> dict[str, Tensor]:
@@ -549,8 +550,7 @@ def peak_memory_gib(device: torch.device) -> float:
     """Return peak memory so far: allocated on the GPU, or resident on the CPU, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 # --------------------------------------------------------------------------------------- save and resume
@@ -622,7 +622,6 @@ def place(args: Args, rt: Runtime, student: prism.Student) -> nn.Module:
     if args.shard:
         from torch.distributed.fsdp import fully_shard  # takes a second to import
 
-        # harmless: nobody changes these views in place
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         for part in (*student.blocks, student):
             fully_shard(part)
@@ -691,8 +690,8 @@ def train_stage(args: Args, rt: Runtime, name: str, taught: teachers.Teachers) -
     optimizer = build_optimizer(student, stage, pretrained=facts["initial weights"] != "random weights")
     if stored:
         load_optimizer(optimizer, stored.pop("optimizer")["state"])
-    provenance = {"data": dataset.source, "teachers": taught.provenance, "init": facts["initial weights"],
-                  "torch": str(torch.__version__), "run": facts}
+    provenance = {"data": dataset.source, "classes": dataset.classes, "teachers": taught.provenance,
+                  "init": facts["initial weights"], "torch": str(torch.__version__), "run": facts}
 
     workers = args.workers
     if workers is None:  # the rendered world lies in memory: on a CPU, workers would only take cores
@@ -704,10 +703,10 @@ def train_stage(args: Args, rt: Runtime, name: str, taught: teachers.Teachers) -
         for step, batch in enumerate(data.track(batches, name, stage.steps, start, rt.rank > 0), start):
             batch = {k: v.to(rt.device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
             if taught.widths:
-                K = len(taught.widths)  # ids, on the host: one teacher per image (B,), or all of them (B, K)
-                ids = torch.from_numpy(assign_teachers(stage.batch_size, K, args.seed, step))
-                ids = ids if not serves_all(args) else torch.arange(K).expand(stage.batch_size, K)
-                batch["teacher"] = ids[rt.rank * B : (rt.rank + 1) * B]
+                ids = torch.from_numpy(assign_teachers(stage.batch_size, len(taught.widths), args.seed, step))
+                batch["teacher"] = ids[rt.rank * B : (rt.rank + 1) * B]  # (B,) on the host, or all K (B, K)
+                if serves_all(args):
+                    batch["teacher"] = torch.arange(len(taught.widths)).expand(B, -1)
             for group in optimizer.param_groups:
                 group["lr"] = group["factor"] * lr_at(step, stage)
             values = []
@@ -720,7 +719,7 @@ def train_stage(args: Args, rt: Runtime, name: str, taught: teachers.Teachers) -
                         targets = taught.targets(part["image"], part.get("teacher"))
                         out = model(part["image"], part.get("teacher"), tuple(cfg.tasks))
                         mu = args.distill_weight if cfg.tasks else 1.0
-                        terms = loss_terms(out, targets, part, cfg, mu, args.decorr_levels)
+                        terms = loss_terms(out, targets, part, cfg, mu, args.decorr_levels, batch)
                         loss = sum(weight * term for weight, term in terms.values())
                     (loss / passes).backward()
                 values.append({**{k: v.detach() for k, (_, v) in terms.items()}, "loss": loss.detach(),
@@ -735,14 +734,16 @@ def train_stage(args: Args, rt: Runtime, name: str, taught: teachers.Teachers) -
             stopped = int(global_max(received[0] if received else 0))
             every = args.save_every or max(100, stage.steps // 100)
             saves = stopped or done % every == 0 or done == stage.steps
-            if saves or done % args.log_every == 0:
-                log.flush(done, stage.batch_size, lr_at(step, stage))  # raises before bad weights are saved
+            logs = saves or done % args.log_every == 0
+            line = log.flush(done, stage.batch_size, lr_at(step, stage)) if logs else ""  # no nan is saved
             if saves:
                 content = {"model": whole(student.state_dict()), "config": asdict(cfg),
                            "optimizer": whole(optimizer.state_dict()), "stage": name, "step": done,
                            "steps": stage.steps, "seed": args.seed, "provenance": provenance}
                 if rt.rank == 0:
                     prism.write_checkpoint(path, content)
+            if line and rt.rank == 0:
+                print(line, flush=True)  # after saving: whoever reads may be gone
             if stopped:
                 break
     if rt.rank == 0:
@@ -768,6 +769,7 @@ def global_max(value: int) -> Tensor:
 
 def train(args: Args) -> None:
     """Check, train or load the teachers, run the stages one after the other."""
+    args.data = data.guess_spec(args.data)
     args.out_dir.mkdir(parents=True, exist_ok=True)
     check_args(args)
     rt = start_runtime(args.device)
