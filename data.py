@@ -909,7 +909,7 @@ class Samples(Dataset):
     for: if `train`, a random view that depends on (seed, step, slot) alone; else as dataset[i].
     """
 
-    boundary_protocol = "sak"  # of boundary scores: a key of eval.py's THRESHOLDS
+    boundary_protocol, scales = "sak", (0.5, 2.0)  # a key of eval.py's THRESHOLDS; of the multitask view
 
     def __init__(self, ids: Sequence, size: int | tuple[int, int],  # of what networks see, pixels
                  train: bool = False, seed: int = 0,
@@ -929,7 +929,7 @@ class Samples(Dataset):
         sample = self.fetch(i, place)
         if place and self.train:
             rng = np.random.default_rng((self.seed, *place))
-            sample |= (multitask_view(sample, self.size, rng) if self.view == "multitask" else
+            sample |= (multitask_view(sample, self.size, rng, self.scales) if self.view == "multitask" else
                        distill_view(sample["image"], self.size, rng))
         return {**to_tensors(sample, self.size), "name": sample["name"]}
 
@@ -953,7 +953,7 @@ class LabelFolder(Samples):
         lists, _, default_size, self.classes, self.max_dist = KINDS[kind]
         world, self.captions = kind.startswith("world"), {}
         if world:  # the other protocols suppress and fade over 4 px, made for 500
-            self.boundary_protocol = "simple"
+            self.boundary_protocol, self.scales = "simple", (1.0, 1.0)  # few steps: rooms as they are
             default_size = json.loads((self.root / "meta.json").read_text())["size"]
             self.captions = json.loads((self.root / "captions.json").read_text())
         listed = self.root / lists / f"{split}.txt"
@@ -1210,13 +1210,13 @@ def distort_colours(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return image if contrast_first else stretch(image)
 
 
-def multitask_view(sample: dict, size: tuple[int, int], rng: np.random.Generator) -> dict:
-    """Scale by 0.5 to 2, crop, flip and distort a sample of `read`; not yet padded.
+def multitask_view(sample: dict, size: tuple[int, int], rng: np.random.Generator, scales=(0.5, 2.0)) -> dict:
+    """Scale, crop, flip and distort a sample of `read`; not yet padded.
 
     Enlarging brings things nearer, so depth is divided by the scale; a mirror turns normals in x.
     """
     h, w = sample["image"].shape[:2]
-    scale = rng.uniform(0.5, 2.0)
+    scale = rng.uniform(*scales)
     tall, wide = int(h * scale), int(w * scale)
     row_of, column_of = nearest(tall, h), nearest(wide, w)
     rows, columns = choose_crop(sample.get("semseg"), row_of, column_of, size, rng)

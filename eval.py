@@ -780,7 +780,7 @@ def routing(model, images: Tensor, batch_size: int = 32) -> tuple[list[dict], Te
         split = len(cfg.teachers)
         blocks.append({"block": block, "lambda": gates[b].item(),
                        "teachers": {name: rows[name] for name in cfg.teachers},
-                       "tasks": {name: rows[name] for name in cfg.tasks},
+                       "tasks": {name: rows[name] for name in model.contexts[split:]},
                        "nmi_teachers": nmi(counts[:split]), "nmi_tasks": nmi(counts[split:])})
     return blocks, picks[..., 0]
 

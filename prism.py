@@ -79,6 +79,9 @@ class PrismConfig:
     mlp_ratio: float = 4.0  # hidden width of MLP and anchor, in units of D
     expert_ratio: float = 4.0  # the same for shared and routed experts; 1 is the paper's "lite"
     gate_start: float = 0.94  # lambda of a new student: the expert stream fades in
+    film_start: float = 0.0  # deviation of a new router's FiLM weights; 0: it is blind to the context
+    projector: str = "mlp"  # to the teachers' features: the paper's two layers, or "linear"
+    recompose: str = "route"  # stage 2: tasks choose experts; or "views": heads read all teachers' contexts
     router_noise: float = 1.0  # strength of the learned noise on the logits in training (released code)
     expert_drop: float = 0.1  # chance that an expert is hidden from a token in training (released code)
     teachers: dict[str, int] = field(default_factory=dict)  # teacher -> width of its features
@@ -93,7 +96,8 @@ class PrismConfig:
 SIZES = {
     "toy": PrismConfig(
         dim=96, depth=6, heads=3, patch=8, grid=(8, 8), moe_blocks=(1, 2, 4, 5), experts=6, top_k=2,
-        mlp_ratio=2.0, expert_ratio=2.0,
+        mlp_ratio=2.0, expert_ratio=2.0, gate_start=0.5, film_start=0.02, expert_drop=0.0,
+        projector="linear", recompose="views",  # for 350 steps, not for the paper's 240,000
     ),
     "small": PrismConfig(),
     "base": PrismConfig(dim=768, heads=12),
@@ -161,11 +165,7 @@ class Route(NamedTuple):
 
 
 class Router(nn.Module):
-    """Choose top-k experts from token and context.
-
-    The context speaks through FiLM: z = (1 + gamma(c)) u + beta(c), logits = W z. gamma and beta start
-    at zero: a new router is blind to the context.
-    """
+    """Choose top-k experts from token and context: z = (1 + gamma(c)) u + beta(c) (FiLM), logits = W z."""
 
     HIDDEN_LOGIT = -1e4  # finite, so that a token with fewer than K visible experts still gets weights
 
@@ -322,16 +322,16 @@ class DualStreamBlock(nn.Module):
 class Head(nn.Module):
     """Four levels of features -> one task's map."""
 
-    def __init__(self, dim: int, channels: int):
+    def __init__(self, dim: int, channels: int, views: int = 1):
         super().__init__()
-        self.linears = nn.ModuleList(nn.Linear(dim, dim // 4) for _ in range(4))
+        self.linears = nn.ModuleList(nn.Linear(views * dim, dim // 4) for _ in range(4))
         self.fuse = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1), BatchNorm(dim), nn.GELU())
         self.last = nn.Conv2d(dim, channels, 1)
 
     def plain(self, levels: list[Tensor], size: tuple[int, int]) -> Tensor:
         """Define the head: enlarge to a quarter of the pixels, convolve, classify, enlarge.
 
-        Maps 4 levels (B, D, h, w) to (B, channels, H, W), size = (H, W) in pixels.
+        Maps 4 levels (B, views * D, h, w) to (B, channels, H, W), size = (H, W) in pixels.
         """
         quarter = (size[0] // 4, size[1] // 4)
         tokens = rearrange(self.gather(levels), "b h w d -> b d h w")
@@ -360,11 +360,12 @@ class Head(nn.Module):
 
 def make_projectors(cfg: PrismConfig) -> nn.ModuleDict:
     """Build the maps from the student's tokens to each teacher's width, one per level."""
-    D = cfg.dim
-    return nn.ModuleDict({
-        name: nn.ModuleList(nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.Linear(D, width)) for _ in range(4))
-        for name, width in cfg.teachers.items()
-    })
+    def projector(width: int) -> nn.Sequential:
+        hidden = [nn.Linear(cfg.dim, cfg.dim), nn.GELU()] if cfg.projector == "mlp" else []
+        return nn.Sequential(*hidden, nn.Linear(cfg.dim, width))
+
+    return nn.ModuleDict({name: nn.ModuleList(projector(width) for _ in range(4))
+                          for name, width in cfg.teachers.items()})
 
 
 # ---------------------------------------------------------------------------------------------- PRISM
@@ -430,8 +431,6 @@ class Student(nn.Module):
         if unknown := sorted(set(names) - set(self.contexts)):
             raise ValueError(f"unknown context {', '.join(unknown)}; this student knows "
                              f"{', '.join(self.contexts) or 'none'}")
-        if len(names) != B:
-            raise ValueError(f"{len(names)} contexts for {B} images; give one name, or one per image")
         return torch.tensor([self.contexts.index(name) for name in names])
 
     def distill(self, images: Tensor, teacher_ids: Tensor) -> dict[str, list[Tensor]]:
@@ -473,7 +472,12 @@ def pick_and_map(levels: list[Tensor], rows: Tensor, maps: Sequence[nn.Module] |
 
 
 class Prism(Student):
-    """A ViT whose MoE blocks listen to a context; and the controls, which lack parts of it (CONTROLS)."""
+    """A ViT whose MoE blocks listen to a context; and the controls, which lack parts of it (CONTROLS).
+
+    Stage 2 is the paper's "route", where each task is a context of its own, or ours, "views": the trunk runs
+    in the contexts of the K teachers, and every head reads all K views of each level side by side. So experts
+    are combined as they were taken apart, tasks have no context, and K passes serve any number of tasks.
+    """
 
     def __init__(self, cfg: PrismConfig):
         without = cfg.without or CONTROLS.get(cfg.student, ())
@@ -488,20 +492,23 @@ class Prism(Student):
             for i in range(cfg.depth)
         )
         self.norm = nn.LayerNorm(cfg.dim, eps=1e-6)
-        for word, names in (("teacher_embed", cfg.teachers), ("task_embed", cfg.tasks)):
+        self.views = len(cfg.teachers) if self.routed and cfg.recompose == "views" else 0
+        if self.views:
+            self.contexts = list(cfg.teachers)
+        for word, names in (("teacher_embed", cfg.teachers), ("task_embed", () if self.views else cfg.tasks)):
             heard = names and "context" not in without
             setattr(self, word, nn.Parameter(torch.zeros(len(names), cfg.dim)) if heard else None)
         self.projectors = make_projectors(cfg)
-        self.heads = nn.ModuleDict({task: Head(cfg.dim, channels) for task, channels in cfg.tasks.items()})
+        self.heads = nn.ModuleDict({task: Head(cfg.dim, n, self.views or 1) for task, n in cfg.tasks.items()})
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Start as a plain ViT whose experts are copies of the anchor and whose router hears nothing."""
+        """Start as a plain ViT whose experts are copies of the anchor and whose router hears little."""
         super().init_weights()
         for block in (block for block in self.blocks if isinstance(block, DualStreamBlock)):
             if block.router.film is not None:
-                nn.init.zeros_(block.router.film.weight)
+                nn.init.normal_(block.router.film.weight, std=self.cfg.film_start)
             if block.gate is not None:
                 start = (self.cfg.gate_start - block.gate_min) / (1 - block.gate_min)
                 nn.init.constant_(block.gate.bias, math.log(start / (1 - start)))
@@ -546,16 +553,22 @@ class Prism(Student):
 
         images (B, 3, H, W) RGB in [0, 1]; teacher_ids (B,) int64, the teacher of each image, or None.
         """
-        contexts = [self.context_ids(task, len(images)) for task in tasks]
-        contexts += [] if teacher_ids is None else [teacher_ids.cpu()]
-        levels, routes = self.trunk(images, contexts)
+        if self.views and tasks:
+            contexts = [torch.full([len(images)], i) for i in range(self.views)]
+            taught, routes = self.trunk(images, contexts)  # per teacher
+            levels = [[torch.cat(views, 1) for views in zip(*taught, strict=True)]] * len(tasks)
+        else:
+            contexts = [self.context_ids(task, len(images)) for task in tasks]
+            contexts += [] if teacher_ids is None else [teacher_ids.cpu()]
+            levels, routes = self.trunk(images, contexts)
+            taught = levels[-1:] * len(self.cfg.teachers)
         predicted = {task: self.heads[task](own, images.shape[-2:])
                      for task, own in zip(tasks, levels, strict=False)}
         if teacher_ids is None:
             return Output({}, predicted, [], routes)
-        distilled = {name: pick_and_map(levels[-1], torch.where(teacher_ids == i)[0], projectors)
+        distilled = {name: pick_and_map(taught[i], torch.where(teacher_ids == i)[0], projectors)
                      for i, (name, projectors) in enumerate(self.projectors.items())}
-        return Output(distilled, predicted, levels[-1], routes)
+        return Output(distilled, predicted, taught[-1], routes)
 
     def features(self, images: Tensor, context: str | Sequence[str]) -> list[Tensor]:
         """Return 4 levels (B, D, h, w) of RGB images in [0, 1] (B, 3, H, W) under a teacher or task.
@@ -700,20 +713,13 @@ def build(cfg: PrismConfig) -> Student:
 
 def check_config(cfg: PrismConfig) -> None:
     """Raise ValueError where sizes do not fit together."""
-    hidden = {k: int(cfg.dim * getattr(cfg, k)) for k in ("mlp_ratio", "expert_ratio")}
-    sizes = {k: getattr(cfg, k) for k in ("dim", "depth", "heads", "patch")} | hidden
-    sizes |= {"grid": min(cfg.grid), "std": min(cfg.std), **cfg.teachers, **cfg.tasks}
-    if wrong := [name for name, value in sizes.items() if not value > 0]:
-        raise ValueError(f"{wrong[0]} of the student is zero or less: nothing would be left; use more")
+    least = min(cfg.dim * cfg.mlp_ratio, cfg.dim * cfg.expert_ratio, *cfg.grid, *cfg.tasks.values())
+    if least < 1:
+        raise ValueError(f"a side, a head or a hidden layer of the student has size {least}; use more")
     if cfg.student not in STUDENTS:
         raise ValueError(f"student {cfg.student!r} is not known; use {' or '.join(STUDENTS)}")
     if len(set(cfg.moe_blocks)) != 4 or max(cfg.moe_blocks) >= cfg.depth or min(cfg.moe_blocks) < 0:
         raise ValueError(f"moe_blocks {cfg.moe_blocks} must be four of the {cfg.depth} blocks, from 0")
-    if cfg.student == "sak" and max(cfg.moe_blocks) != cfg.depth - 1:
-        raise ValueError(f"moe_blocks {cfg.moe_blocks} of {cfg.student} must include the last of the "
-                         f"{cfg.depth} blocks, {cfg.depth - 1}: nothing would train what comes after them")
-    if unknown := [part for part in cfg.without if part not in PARTS]:
-        raise ValueError(f"without {', '.join(unknown)}: not known; parts are {', '.join(PARTS)}")
     if cfg.without and cfg.student not in ("prism", "moe"):
         raise ValueError(f"without {', '.join(cfg.without)}: {cfg.student} has no such parts; use prism")
     if cfg.student in ("prism", "moe") and not 1 <= cfg.top_k <= cfg.experts <= 255:
@@ -1159,11 +1165,8 @@ class Args:
 
     bench: bool = False  # time the experts, forward and backward
     device: str | None = None  # default: cuda if there is one, else cpu; on cuda in bfloat16
-    compile: bool = False  # torch.compile what compiles without a break (the loop does not)
     tokens: int = 2308  # T
     dim: int = 384  # D; hidden layers are 4 D wide
-    experts: int = 15  # E
-    top_k: int = 3  # K
     repeats: int = 7  # medians of so many, variants taking turns
     debug: bool = False  # full traceback on errors
 
@@ -1193,41 +1196,32 @@ def time_interleaved(runs: dict[str, Callable], device: torch.device, repeats: i
 
 
 def bench(args: Args, device: torch.device) -> None:
-    """Time and count the same experts three ways, and PRISM's whole dual stream beside one wide MLP."""
-    T, D, K, gpu = args.tokens, args.dim, args.top_k, device.type == "cuda"
-    cfg = PrismConfig(dim=D, experts=args.experts, top_k=K)
+    """Time and count the same experts two ways, and a dense MLP of equal multiply-adds."""
+    T, D, E, K, gpu = args.tokens, args.dim, 15, 3, device.type == "cuda"
     torch.manual_seed(0)
     with device:
-        block, dense, wide = DualStreamBlock(cfg), MLP(D, 4 * D), MLP(D, (8 + 4 * K) * D)
+        experts, dense = Experts(E, D, 4 * D), MLP(D, 4 * D)
         x, rows = (torch.randn(n, D, requires_grad=True) for n in (T, T * K))
-        topk_w, topk_idx = torch.rand(T, args.experts).topk(K)
-        context = torch.randn(1, D)
-    runs = {  # each group ends with the dense MLP of equal multiply-adds
-        "plain loop": lambda: block.experts.plain(x, topk_idx, topk_w),
-        "sorted dispatch (ours)": lambda: block.experts(x, topk_idx, topk_w),
-        "ideal: dense MLP on T K rows": lambda: dense(rows),
-        "dual stream, with router and gate": lambda: block.streams(x[None], context)[0],
-        "ideal: dense MLP of equal width": lambda: wide(x),
-    }
+        topk_w, topk_idx = torch.rand(T, E).topk(K)
+    runs = {"plain loop": lambda: experts.plain(x, topk_idx, topk_w),
+            "sorted dispatch (ours)": lambda: experts(x, topk_idx, topk_w),
+            "ideal: dense MLP on T K rows": lambda: dense(rows)}
 
     def step(run: Callable[[], Tensor]) -> None:
         run().float().square().mean().backward()
 
-    flops, names = {}, list(runs)
+    flops = {}
     with torch.autocast(device.type, torch.bfloat16, enabled=gpu):
-        for name, run in runs.items():  # before compiling: the counter cannot look into compiled code
+        for name, run in runs.items():
             with FlopCounterMode(display=False) as counter:
                 step(run)
             flops[name] = counter.get_total_flops()
-            if args.compile and name != "plain loop":
-                runs[name] = torch.compile(run, fullgraph=True)
         ms = time_interleaved({name: partial(step, run) for name, run in runs.items()}, device, args.repeats)
     where = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
-    how = f"{'bf16' if gpu else 'fp32'}, {'compiled' if args.compile else 'eager'}"
-    print(f"T {T}, D {D}, E {args.experts}, K {K}; forward + backward, {where}, {how}, "
+    print(f"T {T}, D {D}, E {E}, K {K}; forward + backward, {where}, {'bf16' if gpu else 'fp32'}, "
           f"medians of {args.repeats}")
-    show("", {name: {"ms": ms[name], "over ideal": ms[name] / ms[names[2 if i < 3 else 4]],
-                          "GFLOP": flops[name] / 1e9} for i, name in enumerate(names)})
+    *_, ideal = ms.values()
+    show("", {k: {"ms": ms[k], "over ideal": ms[k] / ideal, "GFLOP": flops[k] / 1e9} for k in runs})
 
 
 def main(args: Args) -> None:
@@ -1241,7 +1235,6 @@ def main(args: Args) -> None:
         rows[name] = {"width": cfg.dim, "depth": cfg.depth, "experts": cfg.experts, "top-k": cfg.top_k,
                       "parameters M": total / 1e6, "active per token M": active / 1e6}
     show("size", rows)
-    print("--bench times the experts; --help lists all")
 
 
 if __name__ == "__main__":

@@ -130,20 +130,13 @@ def test_block_never_asks_the_device(autocast):
         torch.randn(3).sum().item()
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_bench_counts_the_same_work(compiled, capsys, monkeypatch):
+def test_bench_counts_the_same_work(capsys):
     """Catches a variant that computes something else, or an operator that the FLOP counter does not see."""
-    quick = functools.partial(torch.compile, backend="aot_eager")  # no machine code: seconds, not a minute
-    monkeypatch.setattr(torch, "compile", quick)
-    prism.main(prism.Args(bench=True, device="cpu", tokens=300, dim=128, experts=4, top_k=2, repeats=1,
-                          compile=compiled))
-    out = capsys.readouterr().out
-    rows = [line.split() for line in out.splitlines() if re.search("plain|ours|ideal:|dual", line)]
-    flops = [float(row[-2]) for row in rows]
-    one = 3 * 2 * 2 * 300 * 2 * 128 * 512 / 1e9  # forward and twice that backward, 300 * 2 rows, two matrices
-    assert flops[:3] == [pytest.approx(one, abs=6e-4)] * 3 and flops[4] == pytest.approx(2 * one, abs=6e-4)
-    assert flops[4] < flops[3] < 1.1 * flops[4]  # router and gate are small
-    assert ("compiled" if compiled else "eager") in out
+    prism.main(prism.Args(bench=True, device="cpu", tokens=300, dim=128, repeats=1))
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines if re.search("plain|ours|ideal:", line)]
+    one = 3 * 2 * 2 * 300 * 3 * 128 * 512 / 1e9  # forward and twice that backward, 300 * 3 rows, two matrices
+    assert [float(row[-2]) for row in rows] == [pytest.approx(one, abs=6e-4)] * 3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -336,6 +329,30 @@ def test_every_parameter_gets_a_gradient(tasks, changes):
         assert p.grad is not None and (p.grad.any() or name.startswith("projectors.sam")), name
 
 
+def test_views_are_all_teachers_contexts_side_by_side():
+    """Catches views in another order or of one image, a task that is heard, a part that no loss reaches."""
+    model, images = student(recompose="views", projector="linear", film_start=0.02), torch.rand(3, 3, 32, 24)
+    assert model.contexts == list(TINY.teachers) and model.task_embed is None
+    views = [model.features(images, name) for name in TINY.teachers]  # a pass for each
+    assert (views[0][0] - views[1][0]).abs().max() > 1e-3
+    ids = torch.tensor([2, 0, 2])
+    out = model(images, ids, ("edge", "semseg"))
+    for task in ("edge", "semseg"):
+        levels = [torch.cat(level, 1) for level in zip(*views, strict=True)]
+        torch.testing.assert_close(out.predicted[task], model.heads[task](levels, (32, 24)))
+        torch.testing.assert_close(model.predict(images)[task], out.predicted[task])
+    for name, maps in model.distill(images, ids).items():
+        torch.testing.assert_close(out.distilled[name], maps)
+    with pytest.raises(ValueError, match="unknown context edge"):
+        model.features(images, "edge")
+    model, batch = model.train(), fake_batch(2)
+    out = model(batch["image"], torch.tensor([0, 1]), tuple(TASKS))
+    targets = {t: [torch.randn(int(t != "sam"), width, 4, 4)] * 4 for t, width in TINY.teachers.items()}
+    sum(w * t for w, t in train.loss_terms(out, targets, batch, model.cfg, 1.0).values()).backward()
+    idle = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert all(name.startswith("projectors.sam") for name in idle), idle
+
+
 # ------------------------------------------------------------------------------------------------ SAK
 
 PASCAL = {"semseg": 21, "human_parts": 7, "normals": 3, "edge": 1, "sal": 2}
@@ -462,7 +479,8 @@ def test_sak_starts_from_a_vit(tmp_path, monkeypatch):
     vit = teachers.load_teacher(tiny_folder(tmp_path / "vit", "vit", config))
     for x, expected in zip(model.trunk(images)[0], vit.encoder(vit.prepare(images)), strict=True):
         torch.testing.assert_close(x, expected.flatten(2).mT)
-    old = {n.split(".")[0] for n, _ in model.named_parameters() if not train.NEW.match(n)}
+    names = [n for n, _ in model.named_parameters() if not re.match(train.NEW["distill"], n)]
+    old = {n.split(".")[0] for n in names} - {"heads", "mixers"}
     assert old == {"blocks", "cls_token", "pos_embed", "patch_embed"}
     assert 0.015 < model.adapters["a"][0].up.weight.std() < 0.025 and model.adapters["a"][0].scale == 1
     del state["blocks.2.norm1.bias"]
@@ -485,10 +503,8 @@ def test_sak_checkpoint_round_trip(tmp_path):
 
 @pytest.mark.parametrize("changes, message", [
     ({"student": "zebra"}, "student 'zebra' is not known; use prism or sak or dense or wide or moe"),
-    ({"student": "sak", "moe_blocks": (0, 1, 2, 3)}, "must include the last of the 5 blocks, 4"),
     ({"student": "sak", "moe_blocks": (1, 2, 4)}, "must be four of the 5 blocks"),
     ({"top_k": 9}, "top_k 9 of 5 experts"),
-    ({"without": ("gate",)}, "parts are anchor, shared, film, context"),
     ({"student": "dense", "without": ("film",)}, "dense has no such parts"),
     ({"gate_start": 1.0}, "gate_start 1.0 must lie between 0 and 1"),
 ])
@@ -942,6 +958,9 @@ def test_pretrained_part_learns_slower():
     model, stage = student(), train.ON_IMAGES
     names = {p: name for name, p in model.named_parameters()}
     groups = train.build_optimizer(model, stage, pretrained=True).param_groups
+    later = train.build_optimizer(model, train.ON_PASCAL._replace(lr_pretrained=0.1), pretrained=True)
+    fast = {names[p].split(".")[0] for g in later.param_groups for p in g["params"] if g["factor"] == 1}
+    assert fast == {"heads", "task_embed"}  # in stage 2 nothing else is new
     settings = {names[p]: (g["factor"], g["weight_decay"]) for g in groups for p in g["params"]}
     assert len(settings) == len(names) == sum(len(group["params"]) for group in groups)
     expected = {
@@ -949,7 +968,7 @@ def test_pretrained_part_learns_slower():
         (0.01, 0): ("pos_embed", "cls_token", "norm.weight", "blocks.0.mlp.0.bias", "blocks.2.norm2.bias"),
         (1, 0.01): ("blocks.1.experts.w1", "blocks.1.router.film.weight", "blocks.1.shared.0.weight",
                     "projectors.clip.0.0.weight"),
-        (1, 0): ("blocks.1.experts.b1", "blocks.2.gate.bias", "teacher_embed", "task_embed"),
+        (1, 0): ("blocks.1.experts.b1", "blocks.2.gate.bias", "teacher_embed"),
     }
     for setting, keys in expected.items():
         assert {settings[key] for key in keys} == {setting}
@@ -1226,7 +1245,7 @@ def test_two_processes_equal_one(changes, resume, small_world, tmp_path, tiny, m
     monkeypatch.setitem(prism.SIZES, "toy", QUIET)
     copy_at(monkeypatch, "recompose", 2)
     one, two = tmp_path / "one", tmp_path / ("one-recompose" if resume else "two")
-    common = {"steps": 4, "save_every": 2, "log_every": 2}
+    common = {"steps": 4, "save_every": 2, "log_every": 2, "lr": 1e-3}
     if "accumulate" in changes:  # means are taken over a pass of all processes: compare with two, unsharded
         run_two(run_rank, small_world, one, common | {"accumulate": 3})
     else:
@@ -1508,7 +1527,7 @@ def test_memory_and_handles_stay_flat(small_world, tmp_path, tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"image_size": (50,)}, "image size 50 is not a multiple of the patch size 8; use 48 or 56"),
+    ({"image_size": (50,)}, "image size 50 is not a multiple of the patch size 8"),
     ({"teachers": ("toy-clip", "toy-x")}, "toy-x"),
     ({"tasks": ("semseg", "flow")}, "flow"),
     ({"batch_size": 2}, "batch size 2 is smaller than the number of teachers"),

@@ -1,7 +1,6 @@
 """Train a student: deconstruct several teachers into experts, then recompose them for tasks.
 
     python train.py                                                   # both stages, toy size, CPU or GPU
-    python train.py --stage deconstruct --size small --image-size 128 --batch-size 256   # one GPU
     torchrun --nproc_per_node=8 train.py --stage deconstruct          # eight GPUs, or CPU processes
     torchrun --nproc_per_node=8 train.py --stage recompose            # goes on from out/deconstruct.pt
 
@@ -60,7 +59,9 @@ class Args:
     experts: int | None = None  # routed experts per MoE block (default: the size's)
     top_k: int | None = None  # experts per token (default: the size's)
     expert_ratio: float | None = None  # hidden width of shared and routed experts over D; 1 is "lite"
-    gate_start: float | None = None  # lambda of a new prism (default: 0.94, the expert stream fades in)
+    gate_start: float | None = None  # lambda of a new prism (default: the size's)
+    projector: Literal["mlp", "linear"] | None = None  # to the teachers' features (default: the size's)
+    recompose: Literal["route", "views"] | None = None  # stage 2, see prism.Prism (default: the size's)
     every_teacher: bool | None = None  # each image serves all teachers, or one (default: sak all, others one)
     decorr_levels: int = 2  # the first levels are decorrelated; 0: none
     data: str = "world"  # world, world-nyud; KIND:FOLDER: pascal, nyud; stage 1 also images, imagenet, tars
@@ -97,7 +98,7 @@ class Args:
 
 
 class Stage(NamedTuple):
-    """A stage's recipe. "all" runs every stage on the same data."""
+    """A stage's recipe."""
 
     checkpoint: str  # file in out_dir
     view: Literal["distill", "multitask"]  # augmentation
@@ -122,11 +123,13 @@ ON_PASCAL = Stage(
     lr_batch=1, lr_pretrained=1.0, weight_decay=1e-6, warmup=0.0, decay="poly", clip=10.0)
 STAGES = {  # stage -> kind of data -> recipe: the paper's, but the rendered world's, which takes minutes
     "deconstruct": {
-        "world": ON_IMAGES._replace(image_size=(64, 64), steps=350, epochs=0, batch_size=32, lr_batch=1),
+        "world": ON_IMAGES._replace(image_size=(64, 64), steps=350, epochs=0, batch_size=32, lr=3e-3,
+                                    lr_batch=1),
         "images": ON_IMAGES, "pascal": ON_IMAGES, "nyud": ON_IMAGES,
     },
     "recompose": {
-        "world": ON_PASCAL._replace(image_size=(64, 64), steps=320, batch_size=8, lr=1e-3, warmup=0.05),
+        "world": ON_PASCAL._replace(image_size=(64, 64), steps=640, batch_size=8, lr=3e-3, lr_pretrained=0.3,
+                                    warmup=0.05),
         "pascal": ON_PASCAL,
         "nyud": ON_PASCAL._replace(image_size=(448, 576), batch_size=12),
     },
@@ -157,8 +160,8 @@ def process_place() -> tuple[int, int]:
 
 def start_runtime(device: str | None) -> Runtime:
     """Join torchrun's processes if there are any; pick device and dtype. Raises ValueError."""
-    chosen, gpu = prism.choose_device(device), prism.choose_device(device).type == "cuda"
-    rank, world_size = process_place()
+    chosen, (rank, world_size) = prism.choose_device(device), process_place()
+    gpu = chosen.type == "cuda"
     if gpu and chosen.index is None:
         chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(chosen)
@@ -220,9 +223,8 @@ def held(folder: Path, rank: int):
 
 def check_args(args: Args) -> None:
     """Raise ValueError or OSError for what can be seen before anything is rendered or built."""
-    for flag in ("steps", "epochs", "batch_size", "accumulate", "lr", "log_every", "save_every"):
-        value = getattr(args, flag)
-        if value is not None and not (value > 0 or (flag == "lr" and value == 0)):
+    for flag in ("steps", "epochs", "batch_size", "accumulate", "log_every", "save_every"):
+        if (value := getattr(args, flag)) is not None and value <= 0:
             raise ValueError(f"--{flag.replace('_', '-')} {value} is not above 0")
     patch, (_, processes) = prism.SIZES[args.size].patch, process_place()
     parts = processes * args.accumulate
@@ -235,11 +237,8 @@ def check_args(args: Args) -> None:
     prism.check_config(student_config(args))
     for name in args.stages():
         stage = choose_recipe(args, name)
-        for side in stage.image_size:
-            if side % patch or side <= 0:
-                low = max(side // patch, 1) * patch
-                raise ValueError(f"image size {side} is not a multiple of the patch size {patch}; "
-                                 f"use {low} or {low + patch}")
+        if wrong := [side for side in stage.image_size if side % patch or side <= 0]:
+            raise ValueError(f"image size {wrong[0]} is not a multiple of the patch size {patch}")
         if args.distill and stage.batch_size < len(args.teachers):
             raise ValueError(f"batch size {stage.batch_size} is smaller than the number of teachers "
                              f"({len(args.teachers)}); every step needs an image for each")
@@ -283,7 +282,7 @@ def choose_recipe(args: Args, name: str, images: int = 0) -> Stage:
 
 def student_config(args: Args, **changes) -> prism.PrismConfig:
     """Return the size's config with what the command line changes of it."""
-    switches = ("experts", "top_k", "expert_ratio", "gate_start")
+    switches = ("experts", "top_k", "expert_ratio", "gate_start", "projector", "recompose")
     given = {k: v for k in switches if (v := getattr(args, k)) is not None}
     return replace(prism.SIZES[args.size], student=args.student, without=args.without, **given, **changes)
 
@@ -296,8 +295,9 @@ def label_channels(args: Args, dataset: data.Samples) -> dict[str, int]:
     return {task: dataset.tasks[task] for task in args.tasks or dataset.tasks}
 
 
-NEW = re.compile(r"blocks\.\d+\.(gate|shared|router|experts)\.|teacher_embed|task_embed|projectors|heads|"
-                 r"adapters|out_norms|aligners|mixers")
+NEW = {  # view of a stage -> what its initial weights do not bring
+    "distill": r"blocks\.\d+\.(gate|shared|router|experts)|teacher_e|projectors|adapters|out_norm|aligners",
+    "multitask": "task_embed|heads|mixers"}
 
 
 def build_optimizer(student: nn.Module, stage: Stage, pretrained: bool) -> torch.optim.AdamW:
@@ -308,7 +308,7 @@ def build_optimizer(student: nn.Module, stage: Stage, pretrained: bool) -> torch
     groups = {}
     for name, p in student.named_parameters():
         vector = p.ndim < 2 or name.endswith((".b1", ".b2", "embed", "token"))
-        factor = stage.lr_pretrained if pretrained and not NEW.match(name) else 1.0
+        factor = stage.lr_pretrained if pretrained and not re.match(NEW[stage.view], name) else 1.0
         group = {"params": [], "weight_decay": 0.0 if vector else stage.weight_decay, "factor": factor}
         groups.setdefault((vector, factor), group)["params"].append(p)
     return torch.optim.AdamW(list(groups.values()), lr=stage.lr, fused=True)
@@ -338,8 +338,7 @@ def assign_teachers(B: int, count: int, seed: int, step: int) -> np.ndarray:
 
 # ---------------------------------------------------------------------------------------------- losses
 # Every term is scaled so that its mean over processes and passes is the value over the whole step: sums are
-# divided by the step's count, as a share of one pass, and multiplied by the number of processes, which
-# DDP's averaging undoes. So passes and processes of any number make one step, whatever each of them sees.
+# divided by the step's count per pass, and multiplied by the number of processes, by which DDP divides.
 
 
 def over_all(total: Tensor, count: Tensor | float) -> Tensor:
@@ -586,7 +585,6 @@ def check_same_run(path: Path, stored: dict, ours: dict) -> None:
     otherwise = "repeat the command that wrote it, choose another --out-dir, or start over with --fresh"
     if "optimizer" not in stored:
         raise ValueError(f"cannot go on from {path}: it is for use alone; name it by --init, and {otherwise}")
-    # as text: whatever a file holds has one, and the order of teachers shows
     theirs = {k: str(v) for k, v in stored["provenance"].get("run", {}).items()}
     if differ := [f"{k} {theirs.get(k)} there, {v} here" for k, v in ours.items() if theirs.get(k) != str(v)]:
         raise ValueError(f"cannot go on from {path}: {'; '.join(differ)}; {otherwise}")
@@ -641,8 +639,8 @@ def begin(args: Args, rt: Runtime, name: str, taught: teachers.Teachers):
     dataset = first_rank_first(rt, lambda: data.open_data(
         args.data, "train", size=stage.image_size, seed=args.seed, view=stage.view))
     stage, path = choose_recipe(args, name, len(dataset)), args.out_dir / stage.checkpoint
-    labelled = label_channels(args, dataset) if "recompose" in args.stages() else {}  # seen before stage 1
-    tasks = labelled if stage.view == "multitask" else {}
+    tasks = label_channels(args, dataset) if "recompose" in args.stages() else {}  # wrong ones before stage 1
+    tasks = tasks if stage.view == "multitask" else {}
     (height, width), patch = stage.image_size, prism.SIZES[args.size].patch
 
     stored = prism.read_checkpoint(path) if path.exists() and not args.fresh else None
@@ -656,6 +654,9 @@ def begin(args: Args, rt: Runtime, name: str, taught: teachers.Teachers):
     student = prism.build(student_config(args, teachers=taught.widths, tasks=tasks, official=official,
                                          grid=(height // patch, width // patch)))
     origin, report = fill_student(student, source, given)
+    for task in (task for task in tasks if data.TASKS[task].kind == "number"):  # heads start at the mean
+        y = torch.stack([dataset[i][task] for i in range(min(64, len(dataset)))])
+        nn.init.constant_(student.heads[task].last.bias, y[y != data.IGNORE].mean())
     facts = {"stage": name, "seed": args.seed, "steps": stage.steps,
              "initial weights": stored["provenance"]["init"] if moved else origin,
              "data": args.data, "batch size": stage.batch_size, "lr": stage.lr,
@@ -731,7 +732,7 @@ def train_stage(args: Args, rt: Runtime, name: str, taught: teachers.Teachers) -
             means = {k: sum(v[k].float().mean() for v in values) / passes for k in values[0]}
             log.add(means | {"grad_norm": norm})
             done = step + 1
-            stopped = int(global_max(received[0] if received else 0))
+            stopped = global_max(received[0] if received else 0)
             every = args.save_every or max(100, stage.steps // 100)
             saves = stopped or done % every == 0 or done == stage.steps
             logs = saves or done % args.log_every == 0
@@ -760,11 +761,11 @@ def synced_if(model: nn.Module, last: bool):
         yield
 
 
-def global_max(value: int) -> Tensor:
+def global_max(value: int) -> int:
     value = torch.tensor(value)  # on the host: no GPU is waited for
     if world_size() > 1:
         dist.all_reduce(value, dist.ReduceOp.MAX)
-    return value
+    return value.item()
 
 
 def train(args: Args) -> None:
