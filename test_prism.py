@@ -2263,7 +2263,8 @@ class HubAnswer(BaseHTTPRequestHandler):
         for name, value in {"Content-Length": len(body), **headers}.items():
             self.send_header(name, str(value))
         self.end_headers()
-        self.server.served += self.wfile.write(body[:stop])
+        self.server.served += len(body[:stop])  # before the other side has it and looks
+        self.wfile.write(body[:stop])
 
     def log_message(self, *args):
         pass
