@@ -1235,6 +1235,25 @@ def run_rank(rank, where, small_world, out, changes):
     (out / f"seed{rank}").write_text(str(torch.initial_seed()))
 
 
+def norm_rank(rank, where, folder):
+    """Normalise every other image of a batch."""
+    be_rank(rank, where)
+    train.start_runtime("cpu")
+    norm, x = prism.BatchNorm(3), torch.load(folder / "x.pt")
+    torch.save((norm(x[rank::2]).detach(), norm.running_mean, norm.running_var), folder / f"{rank}.pt")
+
+
+def test_batch_norm_of_two_processes_equals_torchs(tmp_path):
+    """Catches statistics of a process's own images, or a running variance without Bessel's correction."""
+    x, norm = torch.randn(4, 3, 2, 2), torch.nn.BatchNorm2d(3)
+    torch.save(x, tmp_path / "x.pt")
+    run_two(norm_rank, tmp_path)
+    y = norm(x)
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(found, (y[rank::2].detach(), norm.running_mean, norm.running_var))
+
+
 @pytest.mark.lesson
 @pytest.mark.parametrize("changes, resume", [
     ({}, False), ({"shard": True, "recompute": True}, False), ({"shard": True, "accumulate": 3}, False),
