@@ -1255,20 +1255,14 @@ def test_batch_norm_of_two_processes_equals_torchs(tmp_path):
 
 
 @pytest.mark.lesson
-@pytest.mark.parametrize("changes, resume", [
-    ({}, False), ({"shard": True, "recompute": True}, False), ({"shard": True, "accumulate": 3}, False),
-    ({"shard": True}, True),
-])
+@pytest.mark.parametrize("changes, resume", [({}, False), ({"recompute": True}, False), ({}, True)])
 def test_two_processes_equal_one(changes, resume, small_world, tmp_path, tiny, monkeypatch):
-    """Catches what depends on how a batch or the weights are split: means, batch norm, clipping, resuming."""
+    """Catches what depends on how a batch is split: means, batch norm, clipping, resuming."""
     monkeypatch.setitem(prism.SIZES, "toy", QUIET)
     copy_at(monkeypatch, "recompose", 2)
     one, two = tmp_path / "one", tmp_path / ("one-recompose" if resume else "two")
     common = {"steps": 4, "save_every": 2, "log_every": 2, "lr": 1e-3}
-    if "accumulate" in changes:  # means are taken over a pass of all processes: compare with two, unsharded
-        run_two(run_rank, small_world, one, common | {"accumulate": 3})
-    else:
-        tiny_run(small_world, one, **common)
+    tiny_run(small_world, one, **common)
     if resume:
         (two / "log.jsonl").unlink()
     run_two(run_rank, small_world, two, common | changes)

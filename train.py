@@ -39,7 +39,6 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 import prism
@@ -86,7 +85,6 @@ class Args:
     device: str | None = None  # default: cuda if there is one, else cpu
     compile: bool | None = None  # torch.compile student and teachers (default: on cuda)
     recompute: bool = False  # activation checkpointing: blocks run twice, but keep only their inputs
-    shard: bool = False  # split weights, gradients and optimizer over processes (FSDP2), not only images
     workers: int | None = None  # loader processes per training process (default: on cuda all cores' share)
     log_every: int = 20  # steps between log lines
     save_every: int | None = None  # steps between checkpoints (default: 100, or 1 % of the stage if more)
@@ -590,40 +588,17 @@ def check_same_run(path: Path, stored: dict, ours: dict) -> None:
         raise ValueError(f"cannot go on from {path}: {'; '.join(differ)}; {otherwise}")
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, moments: dict[int, dict]) -> None:
-    """Load AdamW's moments; a sharded parameter takes its own part of them."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for own, p in zip(moments.values(), params, strict=True):
-        if hasattr(p, "placements"):
-            from torch.distributed.tensor import distribute_tensor
-
-            for k in ("exp_avg", "exp_avg_sq"):
-                own[k] = distribute_tensor(own[k], p.device_mesh, p.placements)
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def whole(state):
-    """Return a state dict with every sharded tensor put together; all processes must call this."""
-    return tree_map(lambda t: t.full_tensor() if hasattr(t, "full_tensor") else t, state)
-
-
 # ------------------------------------------------------------------------------------------------ main
 
 
 def place(args: Args, rt: Runtime, student: prism.Student) -> nn.Module:
-    """Move the student to the device; compile, shard or replicate it as the arguments say."""
+    """Move the student to the device; compile or replicate it as the arguments say."""
     student.to(rt.device).train()
     if rt.device.type == "cuda" if args.compile is None else args.compile:
         student.compile_parts()
     for block in student.blocks if args.recompute else ():  # around the compiled one: it cannot look inside
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    if args.shard:
-        from torch.distributed.fsdp import fully_shard  # takes a second to import
-
-        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-        for part in (*student.blocks, student):
-            fully_shard(part)
-    elif rt.world_size > 1:
+    if rt.world_size > 1:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # 2.13 renames an argument
             return DistributedDataParallel(student, broadcast_buffers=False, gradient_as_bucket_view=True)
     return student
@@ -690,7 +665,8 @@ def train_stage(args: Args, rt: Runtime, name: str, taught: teachers.Teachers) -
     model = place(args, rt, student)
     optimizer = build_optimizer(student, stage, pretrained=facts["initial weights"] != "random weights")
     if stored:
-        load_optimizer(optimizer, stored.pop("optimizer")["state"])
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": stored.pop("optimizer")["state"], "param_groups": groups})
     provenance = {"data": dataset.source, "classes": dataset.classes, "teachers": taught.provenance,
                   "init": facts["initial weights"], "torch": str(torch.__version__), "run": facts}
 
@@ -715,7 +691,8 @@ def train_stage(args: Args, rt: Runtime, name: str, taught: teachers.Teachers) -
                 noise = np.random.SeedSequence((args.seed, step, rt.rank, i))
                 torch.manual_seed(noise.generate_state(1)[0].item())
                 part = {k: v[i * B // passes : (i + 1) * B // passes] for k, v in batch.items()}
-                with synced_if(model, i == passes - 1):  # gradients are exchanged in the last pass alone
+                alone = isinstance(model, DistributedDataParallel) and i < passes - 1
+                with model.no_sync() if alone else nullcontext():  # gradients are exchanged in the last pass
                     with rt.autocast():
                         targets = taught.targets(part["image"], part.get("teacher"))
                         out = model(part["image"], part.get("teacher"), tuple(cfg.tasks))
@@ -725,7 +702,7 @@ def train_stage(args: Args, rt: Runtime, name: str, taught: teachers.Teachers) -
                     (loss / passes).backward()
                 values.append({**{k: v.detach() for k, (_, v) in terms.items()}, "loss": loss.detach(),
                                **routing_values(out.routes, cfg.moe_blocks)})
-            norm = whole(nn.utils.clip_grad_norm_(student.parameters(), stage.clip))
+            norm = nn.utils.clip_grad_norm_(student.parameters(), stage.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -737,12 +714,11 @@ def train_stage(args: Args, rt: Runtime, name: str, taught: teachers.Teachers) -
             saves = stopped or done % every == 0 or done == stage.steps
             logs = saves or done % args.log_every == 0
             line = log.flush(done, stage.batch_size, lr_at(step, stage)) if logs else ""  # no nan is saved
-            if saves:
-                content = {"model": whole(student.state_dict()), "config": asdict(cfg),
-                           "optimizer": whole(optimizer.state_dict()), "stage": name, "step": done,
-                           "steps": stage.steps, "seed": args.seed, "provenance": provenance}
-                if rt.rank == 0:
-                    prism.write_checkpoint(path, content)
+            if saves and rt.rank == 0:
+                prism.write_checkpoint(path, {
+                    "model": student.state_dict(), "config": asdict(cfg), "optimizer": optimizer.state_dict(),
+                    "stage": name, "step": done, "steps": stage.steps, "seed": args.seed,
+                    "provenance": provenance})
             if line and rt.rank == 0:
                 print(line, flush=True)  # after saving: whoever reads may be gone
             if stopped:
@@ -750,15 +726,6 @@ def train_stage(args: Args, rt: Runtime, name: str, taught: teachers.Teachers) -
     if rt.rank == 0:
         print(f"{path} holds step {done} of {stage.steps}", flush=True)
     return stopped
-
-
-@contextmanager
-def synced_if(model: nn.Module, last: bool):
-    """Let processes exchange gradients after this backward pass, or not."""
-    if hasattr(model, "set_requires_gradient_sync"):  # sharded
-        model.set_requires_gradient_sync(last)
-    with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
-        yield
 
 
 def global_max(value: int) -> int:
