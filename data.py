@@ -1,30 +1,24 @@
-"""Data: the rendered world, PASCAL-Context, NYUDv2, images without labels; a loader that can resume.
+"""Data: the rendered world, own folders, PASCAL-Context, NYUDv2, images alone; a loader that can resume.
 
     python data.py                           renders the world once and draws a contact sheet
     python data.py --show /data/PASCALContext
     python data.py --check /data/NYUDv2      or "tars:/data/shard-{0000..0123}.tar" (stage 1: any images)
 
-Folder layout: PASCAL-Context as multi-task archives ship it (world: also the last three, png for mat)
-    JPEGImages/<id>.jpg               RGB
-    pascal-context/trainval/<id>.mat  LabelMap, ids 1..459 (world: instance ids)
-    semseg/VOC12|pascal-context/<id>.png  class ids, 255 = void; VOC12 is used where it exists
-    human_parts/<id>.mat              PASCAL-Part `anno`: objects with masks, people with parts
-    sal_distill/<id>.png              gray, >= 128 is salient
-    normals_distill/<id>.png          RGB, n = 2 v / 255 - 1; x right, y up, z towards the camera
-    ImageSets/Context/<split>.txt     one id per line
-    json/{nyu,context}_classes.json   name -> LabelMap id; normals count where both know the name
-    depth/<id>.npy                    float32 metres along the optical axis (z, not ray length)
-    captions.json                     {id: {"caption": str, "things": [...]}}
-    meta.json                         size, and a key of all that decides the files
+Folder layout: your own (`folder:ROOT`), and the rendered world's
+    images/<id>.jpg                   or png, ...; any sizes
+    <task>/<id>.png                   8 bits; classes: ids, 255 = void; sal, edge: gray, >= 128 is set
+                                      normals: RGB, n = 2 v / 255 - 1; x right, y up, z towards the
+                                      camera; black = unknown. Or npy: float32, zeros = unknown
+    <number>/<id>.npy                 float32, nan = unknown (depth: metres, 0 too); or a PNG times `scale`
+    labelmap/<id>.png                 optional: ids; `edge` is where they change
+    <split>.txt                       optional: an id per line; else 1 of 10 is for val, by a hash of its id
+    dataset.json                      optional: {task: {"classes": [names]}, task of your own: {"kind": one of
+                                      Task's, "classes": [...], "unit": "m", "weight": 1, "scale": 0.001}}
+    captions.json                     optional: {id: {"caption": str}} (world: also "things")
+    meta.json                         world: size, and a key of all that decides the files
+Any label may be missing: that task then ignores that image.
 
-Folder layout: NYUDv2 as SAK, PRISM and InvPT ship it (others ship other endings)
-    images/<id>.png                   RGB
-    segmentation/<id>.png             class ids plus 1, 0 = void
-    normals/<id>.png                  as above; zero, so unknown, in float files alone
-    edge/<id>.png                     gray, 0 or 255; the lines that edges are trained on
-    edge_mat/<id>.mat                 groundTruth{1}.Boundaries, scored against where it exists
-    depth/<id>.npy                    float metres, 0 = unknown
-    gt_sets/<split>.txt               one id per line
+Folder layouts: PASCAL-Context as multi-task archives ship it, NYUDv2 as SAK, PRISM and InvPT do: see KINDS.
 
 A sample before and after the transforms. H, W: native size; S: the size that networks see.
     key          dataset.read(i), numpy              dataset[i], torch
@@ -36,9 +30,9 @@ A sample before and after the transforms. H, W: native size; S: the size that ne
     sal          (H, W) uint8 {0, 1}                 (S, S) int64, 255 = ignore
     depth        (H, W) float32 metres, 0 = unknown  (S, S) float32 metres, 255 = ignore
     name         str                                 str
-PASCAL-Context labels the first five tasks, NYUDv2 semseg, normals, edge and depth, a world all in
-its layout. `read` adds labelmap (H, W) int32, whose boundaries are scored (NYUDv2: a map of lines);
-the world also instance (the same array, PASCAL layout only), caption and things.
+PASCAL-Context labels the first five tasks, NYUDv2 semseg, normals, edge and depth, a world all. `read`
+adds labelmap (H, W) int32, whose boundaries are scored (NYUDv2: a map of lines), where there is one, and
+caption and things. Images larger than S are shrunk to it, and scored at their own size.
 """
 
 import ast
@@ -54,6 +48,8 @@ import shutil
 import signal
 import sys
 import tarfile
+import threading
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -104,8 +100,25 @@ def on_all_cores(function, jobs: list, chunk: int = 1, workers: int | None = Non
         yield from map(function, jobs)
         return
     multiprocessing.set_forkserver_preload(["torch"])
-    with multiprocessing.get_context("forkserver").Pool(workers, torch.set_num_threads, (1,)) as pool:
+    with multiprocessing.get_context("forkserver").Pool(workers, start_worker) as pool:
         yield from pool.imap_unordered(function, jobs, chunk)
+
+
+def start_worker() -> None:
+    """Set this process up as a child: one thread, and an end when its parent ends, however that happens."""
+    def watch(parent: int) -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    torch.set_num_threads(1)
+    threading.Thread(target=watch, args=(os.getppid(),), daemon=True).start()
+
+
+def say(text: str) -> None:
+    """Print what a data set found, once for all of torchrun's processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
 
 
 def cache_folder() -> Path:
@@ -119,10 +132,15 @@ def exit_with_one_line(run: Callable[[], int | None], debug: bool) -> None:
     SIGTERM ends it as Ctrl-C does, so that worker processes end and temporary files go.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if os.environ.get("PRISM_CHILD"):
+        start_worker()
     try:
         sys.exit(run())
     except KeyboardInterrupt:
         sys.exit("stopped")
+    except BrokenPipeError:  # `| head`: else Python complains once more at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit("nobody reads what this prints any more: stopped")
     except (MemoryError, RuntimeError) as error:
         if debug or not re.search("allocate memory|out of memory", str(error) or "out of memory"):
             raise
@@ -130,7 +148,8 @@ def exit_with_one_line(run: Callable[[], int | None], debug: bool) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         if debug:
             raise
-        sys.exit(f"{type(error).__name__}: {error}")
+        text = "".join(c if c.isprintable() else "?" for c in str(error))  # files may hold a terminal's codes
+        sys.exit(f"{type(error).__name__}: {text}")
 
 
 # ------------------------------------------------------------------------------------------------------ tasks
@@ -148,6 +167,8 @@ class Task(NamedTuple):
     files: tuple[str, ...]  # endings of predictions; the first is written
     lower_is_better: bool = False
     colours: str = ""  # of the classes, or of near to far
+    distance: bool = False  # a number that is above 0, and smaller where an image is enlarged
+    needs_object: bool = False  # background alone is no label
 
 
 PNG = (".png",)
@@ -155,15 +176,28 @@ TASKS = {  # in the order of the task embeddings of a PASCAL checkpoint
     "semseg": Task("classes", None, 255, 1, "miou", "%", PNG, colours=(
         "3b4252 d8c39a e6194b 3cb44b ffe119 4363d8 f58231 911eb4 46f0f0 f032e6 9acd32 fabed4 "
         "008080 a0522d dcbeff 800000 aaffc3 808000 ffd8b1 000075 ffffff")),
-    "human_parts": Task("classes", 7, 255, 2, "miou", "%", PNG, colours=(
+    "human_parts": Task("classes", 7, 255, 2, "miou", "%", PNG, needs_object=True, colours=(
         "20242c e6194b 4363d8 f5a231 ffe119 3cb44b 9ff59f")),
     "normals": Task("normals", 3, 0, 10, "mean", "degrees", (".npy", ".png"), lower_is_better=True),
     "edge": Task("edge", 1, 255, 50, "odsf", "%", PNG),
     "sal": Task("mask", 2, 255, 5, "maxf", "%", PNG),
-    "depth": Task("number", 1, 0, 1, "rmse", "m", (".npy", ".mat"), lower_is_better=True, colours=(
-        "fde725 5ec962 21918c 3b528b 440154")),  # viridis, reversed
+    "depth": Task("number", 1, 0, 1, "rmse", "m", (".npy", ".mat"), lower_is_better=True, distance=True,
+                  colours="fde725 5ec962 21918c 3b528b 440154"),  # viridis, reversed
 }
 IGNORE = 255
+
+
+def enter_task(name: str, given: dict) -> None:
+    """Enter a task of a data set's own into TASKS, like the first one of its kind. Raises ValueError."""
+    if name not in TASKS:
+        kinds = {row.kind: row for row in reversed(TASKS.values())}
+        if given.get("kind") not in kinds or not name.isidentifier() or name in ("images", "labelmap"):
+            raise ValueError(f"{name} is no known task; name it by letters and _, and its kind: "
+                             f"{', '.join(kinds)}")
+        row = kinds[given["kind"]]._replace(**{k: given[k] for k in ("unit", "weight") if k in given})
+        TASKS[name] = row._replace(unknown=math.nan, distance=False) if row.kind == "number" else row
+    elif given.get("kind", TASKS[name].kind) != TASKS[name].kind:
+        raise ValueError(f"{name} is known as a task of kind {TASKS[name].kind}; choose another name")
 
 PASCAL_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable "
                   "dog horse motorbike person pottedplant sheep sofa train tvmonitor").split()
@@ -606,8 +640,9 @@ def render(seed: int, index: int, size: int) -> dict:
 
 # ------------------------------------------------------------------------------------------ the world on disk
 
-FORMAT = 2  # raise it whenever the files written below change
+FORMAT = 3  # raise it whenever the files written below change
 SPLITS = ("train", "val", "probe")
+WORLD_TASKS = ("semseg", "human_parts", "normals", "sal", "depth")  # and edge, where instances change
 
 
 @dataclass(frozen=True)
@@ -617,7 +652,6 @@ class WorldSettings:
     val: int = 256
     probe: int = 768
     seed: int = 0
-    kind: str = "world"  # layout of the files: all six tasks, or in "world-nyud" NYUDv2's four
 
 
 def write_scene(job: tuple[Path, WorldSettings, str, int]) -> tuple[str, dict]:
@@ -626,41 +660,33 @@ def write_scene(job: tuple[Path, WorldSettings, str, int]) -> tuple[str, dict]:
     seed = len(SPLITS) * settings.seed + SPLITS.index(split)  # no two splits share a scene
     scene = render(seed, index, settings.size)
     name = f"{split}_{index:06d}"
-    path = sample_paths(root, KINDS[settings.kind].files, name)
     least = 12 * (settings.size / 64) ** 2  # people do not label smaller specks: void
-    specks = np.bincount(scene["instance"].ravel(), minlength=256) < least
-    semseg = np.where(specks[scene["instance"]], np.uint8(IGNORE), scene["semseg"])
-    pictures = {"semseg": semseg, "normals": np.rint((scene["normals"] + 1) * 127.5).astype(np.uint8)}
-    if settings.kind == "world-nyud":
-        edge = boundary_label(scene["instance"]) * np.uint8(255)
-        pictures |= {"image": scene["image"], "semseg": semseg + np.uint8(1), "edge": edge}  # 255 -> 0
-    else:
-        Image.fromarray(scene["image"]).save(path["image"], quality=95, subsampling=0)
-        parts = np.where(specks[scene["instance"]], np.uint8(0), scene["human_parts"])
-        pictures |= {"sal": scene["sal"] * 255, "human_parts": parts, "labelmap": scene["instance"]}
+    specks = (np.bincount(scene["instance"].ravel(), minlength=256) < least)[scene["instance"]]
+    normals = np.rint((scene["normals"] + 1) * 127.5).astype(np.uint8)
+    normals[scene["semseg"] == CLASSES.index("plant")] = 0  # nobody labels leaves: unknown
+    pictures = {"labelmap": scene["instance"], "normals": normals, "sal": scene["sal"] * 255,
+                "semseg": np.where(specks, np.uint8(IGNORE), scene["semseg"]),
+                "human_parts": np.where(specks, np.uint8(0), scene["human_parts"])}
+    Image.fromarray(scene["image"]).save(root / f"images/{name}.jpg", quality=95, subsampling=0)
     for key, array in pictures.items():
-        Image.fromarray(array).save(path[key], compress_level=1)
-    np.save(path["depth"], scene["depth"])
+        Image.fromarray(array).save(root / f"{key}/{name}.png", compress_level=1)
+    np.save(root / f"depth/{name}.npy", scene["depth"])
     return name, {"caption": scene["caption"], "things": scene["things"]}
 
 
 def write_world(root: Path, settings: WorldSettings, key: str):
     """Render every split into an empty folder, on all cores, then write what is not one file per scene."""
-    kind = KINDS[settings.kind]
-    for pattern in (*kind.files.values(), f"{kind.lists}/x", "json/x"):
-        os.makedirs((root / pattern).parent, exist_ok=True)
+    for folder in ("images", "labelmap", *WORLD_TASKS):
+        os.makedirs(root / folder)
     counts = {split: getattr(settings, split) for split in SPLITS}
     jobs = [(root, settings, split, i) for split, count in counts.items() for i in range(count)]
     written = track(on_all_cores(write_scene, jobs, 32), f"rendering {settings.size} px", len(jobs))
     captions = dict(sorted(written))
     for split in SPLITS:
         lines = [f"{name}\n" for name in captions if name.startswith(split)]
-        (root / kind.lists / f"{split}.txt").write_text("".join(lines))
-    things = {f"{name} {k}": 16 * c + k for c, name in enumerate(CLASSES) for k in range(16) if c > 1}
-    context = {"wall": 1, "floor": 2} | things
+        (root / f"{split}.txt").write_text("".join(lines))
     files = {"meta": {"key": key, "size": settings.size}, "captions": captions,
-             "json/context_classes": context,
-             "json/nyu_classes": {name: k for name, k in context.items() if not name.startswith("plant")}}
+             "dataset": {"semseg": {"classes": CLASSES}, "human_parts": {"classes": PARTS}}}
     for name, content in files.items():
         (root / f"{name}.json").write_text(json.dumps(content))
 
@@ -707,28 +733,30 @@ class Kind(NamedTuple):
     """How a labelled data set lies on disk: where the lists of ids and the files are, {} for the id."""
 
     lists: str
-    files: dict[str, str]  # but for their endings
+    files: dict[str, str]  # but for their endings; own folders: found there
     size: tuple[int, int]  # that networks see, pixels
     classes: dict[str, Sequence[str]]
     max_dist: float  # tolerance of boundary scores, share of the image diagonal
 
 
-PASCAL_FILES = {
-    "image": "JPEGImages/{}.jpg", "labelmap": "pascal-context/trainval/{}.mat",
-    "semseg": "semseg/pascal-context/{}.png", "human_parts": "human_parts/{}.mat",
-    "sal": "sal_distill/{}.png", "normals": "normals_distill/{}.png",
-}
-NYUD_FILES = {"image": "images/{}.png", "semseg": "segmentation/{}.png", "normals": "normals/{}.png",
-              "edge": "edge/{}.png", "depth": "depth/{}.npy"}
-PASCAL = Kind("ImageSets/Context", PASCAL_FILES, (512, 512), {"semseg": PASCAL_CLASSES, "human_parts": PARTS},
-              0.0075)
-NYUD = Kind("gt_sets", NYUD_FILES, (448, 576), {"semseg": NYUD_CLASSES}, 0.011)
-KINDS = {  # 0.016: the 8 neighbours at 64 px
-    "pascal": PASCAL, "nyud": NYUD,
-    "world": PASCAL._replace(max_dist=0.016, classes={"semseg": CLASSES, "human_parts": PARTS}, files={
-        **PASCAL_FILES, "labelmap": "pascal-context/trainval/{}.png", "human_parts": "human_parts/{}.png",
-        "depth": "depth/{}.npy"}),
-    "world-nyud": NYUD._replace(max_dist=0.016, classes={"semseg": CLASSES}),
+KINDS = {
+    "folder": Kind("", {"image": "images/{}.jpg"}, (384, 384), {}, 0.0075),
+    "world": Kind("", {"image": "images/{}.jpg"}, (64, 64), {}, 0.016),  # the 8 neighbours at 64 px
+    "pascal": Kind("ImageSets/Context", {  # json/{nyu,context}_classes.json: name -> LabelMap id
+        "image": "JPEGImages/{}.jpg",
+        "labelmap": "pascal-context/trainval/{}.mat",  # LabelMap, ids 1..459
+        "semseg": "semseg/pascal-context/{}.png",  # or semseg/VOC12/{}.png, where it exists; 255 = void
+        "human_parts": "human_parts/{}.mat",  # PASCAL-Part `anno`: objects with masks, people with parts
+        "sal": "sal_distill/{}.png",
+        "normals": "normals_distill/{}.png",  # count where both json files know the class
+    }, (512, 512), {"semseg": PASCAL_CLASSES, "human_parts": PARTS}, 0.0075),
+    "nyud": Kind("gt_sets", {  # others ship other endings
+        "image": "images/{}.png",
+        "semseg": "segmentation/{}.png",  # class ids plus 1, 0 = void
+        "normals": "normals/{}.png",  # zero, so unknown, in float files alone
+        "edge": "edge/{}.png",  # trained on; scored: edge_mat/{}.mat, groundTruth{1}.Boundaries, if there
+        "depth": "depth/{}.npy",  # float metres, 0 = unknown
+    }, (448, 576), {"semseg": NYUD_CLASSES}, 0.011),
 }
 
 
@@ -759,12 +787,13 @@ def load_array(path: Path, field: str = "", mode: str | None = None) -> np.ndarr
         return np.array(picture.convert(mode) if mode else picture)
 
 
-def load_label(path: Path, shape: tuple[int, ...], most: float, least: float = 0, **how) -> np.ndarray:
-    """Read a label as `load_array` does; raise ValueError unless it has that shape and range."""
+def load_label(path: Path, shape: tuple[int, ...], most: float | None = None, least: float = 0, **how):
+    """Read a label as `load_array` does; raise ValueError unless it has that shape, and range if given."""
     array = decode_file(path, lambda path: load_array(path, **how))
     if array.shape != shape:
         raise ValueError(f"{path} has size {array.shape}, its image {shape[:2]}; put the right label there")
-    check_range(path, array, most, least)
+    if most is not None:
+        check_range(path, array, most, least)
     return array
 
 
@@ -787,6 +816,12 @@ def check_gray(path: Path, array: np.ndarray) -> np.ndarray:
     if array.max() == 1:
         raise ValueError(f"{path} holds 0 and 1 where 0..255 is meant; multiply it by 255")
     return array
+
+
+def load_normals(path: Path, shape: tuple[int, int]) -> np.ndarray:
+    """Read normals (H, W, 3) float32, as colours or as they are."""
+    normals = load_label(path, (*shape, 3), 255, -1.001, mode="RGB")
+    return decode_normals(normals) if normals.dtype == np.uint8 else normals.astype(np.float32)
 
 
 def decode_normals(coded: np.ndarray) -> np.ndarray:
@@ -886,11 +921,15 @@ def boundary_label(labelmap: np.ndarray) -> np.ndarray:
     return thin(cross - 4 * around[1:-1, 1:-1]).astype(np.uint8)
 
 
-def sample_paths(root: Path, files: dict[str, str], name: str) -> dict[str, Path]:
-    """Return the files of a sample; some labels have a better file, which is used where it exists."""
-    better = {"semseg": root / f"semseg/VOC12/{name}.png", "labelmap": root / f"edge_mat/{name}.mat"}
-    paths = {key: root / pattern.format(name) for key, pattern in files.items()}
-    return paths | {key: path for key, path in better.items() if path.exists()}
+def files_by_id(folder: Path) -> dict[str, Path]:
+    """Return {id: file} of the pictures and arrays in a folder. Raises ValueError for two of one id."""
+    found = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if is_image(path.name) or path.suffix == ".npy":
+            if path.stem in found:
+                raise ValueError(f"{found[path.stem]} and {path.name} share a name; keep one of them")
+            found[path.stem] = path
+    return found
 
 
 def find_files(root: Path, kind: str) -> dict[str, str]:
@@ -929,9 +968,9 @@ class Samples(Dataset):
         sample = self.fetch(i, place)
         if place and self.train:
             rng = np.random.default_rng((self.seed, *place))
-            sample |= (multitask_view(sample, self.size, rng, self.scales) if self.view == "multitask" else
-                       distill_view(sample["image"], self.size, rng))
-        return {**to_tensors(sample, self.size), "name": sample["name"]}
+            sample |= (distill_view(sample["image"], self.size, rng) if self.view == "distill" else
+                       multitask_view(shrink(sample, self.size), self.size, rng, self.scales))
+        return {**to_tensors(shrink(sample, self.size), self.size), "name": sample["name"]}
 
     def fetch(self, i: int, place: Sequence[int]) -> dict:
         """Read sample i for `place`, (step, slot) or (): what is not train has one view."""
@@ -939,7 +978,7 @@ class Samples(Dataset):
 
 
 class LabelFolder(Samples):
-    """PASCAL-Context, NYUDv2 or a rendered world: a list of ids per split, a file per id and label.
+    """PASCAL-Context or NYUDv2: a list of ids per split, a file per id and label.
 
     train: None means split == "train"; cache, of decoded samples: None means "if it is a world". Raises
     FileNotFoundError or ValueError that names the file.
@@ -950,32 +989,45 @@ class LabelFolder(Samples):
                  **options):
         self.root, self.split, self.kind = Path(root), split, kind
         self.source = f"{kind}:{self.root.resolve()}"  # what open_data takes
-        lists, _, default_size, self.classes, self.max_dist = KINDS[kind]
-        world, self.captions = kind.startswith("world"), {}
-        if world:  # the other protocols suppress and fade over 4 px, made for 500
+        self.lists, _, default_size, self.classes, self.max_dist = KINDS[kind]
+        if kind == "world":  # the other protocols suppress and fade over 4 px, made for 500
             self.boundary_protocol, self.scales = "simple", (1.0, 1.0)  # few steps: rooms as they are
             default_size = json.loads((self.root / "meta.json").read_text())["size"]
-            self.captions = json.loads((self.root / "captions.json").read_text())
-        listed = self.root / lists / f"{split}.txt"
+        train = split == "train" if train is None else train
+        self._cache = {} if (kind == "world" if cache is None else cache) else None
+        self.captions: dict[str, dict] = {}
+        super().__init__(self.list_ids(), size or default_size, train, seed, **options)
+        self.find_labels()
+
+    def list_ids(self) -> list[str]:
+        """List the ids of the split."""
+        listed = self.root / self.lists / f"{self.split}.txt"
         if not listed.exists():
             known = ", ".join(sorted(path.stem for path in listed.parent.glob("*.txt"))) or "none"
             raise FileNotFoundError(f"{listed} is missing; splits of this folder: {known}")
-        train = split == "train" if train is None else train
-        super().__init__(listed.read_text().split(), size or default_size, train, seed, **options)
-        self.files = find_files(self.root, kind)
-        paths = [path for name in self.ids for path in sample_paths(self.root, self.files, name).values()]
+        return [line.strip() for line in listed.read_text().splitlines() if line.strip()]
+
+    def find_labels(self) -> None:
+        """Find the files of all ids, and what they label."""
+        self.files = find_files(self.root, self.kind)
+        paths = [path for name in self.ids for path in self.paths(name).values()]
         if missing := [path for path in paths if not path.exists()]:
             folders = Counter(str(path.parent.relative_to(self.root)) for path in missing)
             raise FileNotFoundError(f"{missing[0]} is missing, and as many files in all as are named: "
                                     f"{dict(folders)}; put them there")
         self.tasks = {task: row.channels or len(self.classes[task])
                       for task, row in TASKS.items() if task in (*self.files, "edge")}
-        if "sal" in self.files:  # normals count on classes that NYUD knows too, 170 of 459
+        if self.kind == "pascal":  # normals count on classes that NYUD knows too, 170 of 459
             context, nyu = (json.loads((self.root / f"json/{name}_classes.json").read_text())
                             for name in ("context", "nyu"))
             shared = set(context) & {*nyu, "tvmonitor"} - {"unknown"}  # NYUD says "television"
             self.valid_normals = [context[name] for name in shared]
-        self._cache = {} if (world if cache is None else cache) else None
+
+    def paths(self, name: str) -> dict[str, Path]:
+        """Return the files of a sample; some labels have a better file, which is used where it exists."""
+        better = {"semseg": f"semseg/VOC12/{name}.png", "labelmap": f"edge_mat/{name}.mat"}
+        paths = {key: self.root / pattern.format(name) for key, pattern in self.files.items()}
+        return paths | {key: path for key in better if (path := self.root / better[key]).exists()}
 
     def read(self, i: int, labels: bool = True) -> dict:
         if self._cache is None:
@@ -985,46 +1037,128 @@ class LabelFolder(Samples):
         return dict(self._cache[i, labels])
 
     def decode(self, name: str, labels: bool) -> dict:
-        path = sample_paths(self.root, self.files, name)
-        image = decode_file(path["image"], lambda path: load_array(path, mode="RGB"))
+        path = self.paths(name)
+        image = read_photo(path["image"])
         sample = {"image": image, "name": name, **self.captions.get(name, {})}
-        if labels:
-            decode = self.decode_pascal if "sal" in path else self.decode_nyud
-            sample |= decode(path, image.shape[:2])
-            ids = sample["semseg"]
-            check_range(path["semseg"], ids[ids != IGNORE], self.tasks["semseg"] - 1)
-        return sample
+        return sample | (self.decode_labels(path, image.shape[:2]) if labels else {})
 
-    def decode_pascal(self, path: dict[str, Path], shape: tuple[int, int]) -> dict:
+    def decode_labels(self, path: dict[str, Path], shape: tuple[int, int]) -> dict:
+        pascal, void = self.kind == "pascal", int(self.kind == "nyud")  # 0 is void, the others one more
+        ids = load_label(path["semseg"], shape, IGNORE, field="segmentation").astype(np.uint8)
+        ids = ids - np.uint8(void)  # 0 wraps round to 255
+        check_range(path["semseg"], ids[ids != IGNORE] + void, self.tasks["semseg"] - 1 + void)
+        labels = {"semseg": ids, "normals": load_normals(path["normals"], shape)}
+        if not pascal:
+            labels["edge"] = load_mask(path["edge"], shape)
+            labels["depth"] = load_label(path["depth"], shape, IGNORE - 1, field="depth").astype(np.float32)
+            lines = (load_label(path["labelmap"], shape, 1, field="groundTruth.Boundaries")
+                     if "labelmap" in path else labels["edge"])
+            return labels | {"labelmap": lines.astype(np.int32)}
         labelmap = load_label(path["labelmap"], shape, 2**16 - 1, field="LabelMap").astype(np.int32)
-        normals = decode_normals(load_label(path["normals"], (*shape, 3), 255, mode="RGB"))
-        normals[~np.isin(labelmap, self.valid_normals)] = 0
-        parts = path["human_parts"]
-        labels = {"semseg": load_label(path["semseg"], shape, IGNORE), "sal": load_mask(path["sal"], shape),
-                  "normals": normals, "labelmap": labelmap, "edge": boundary_label(labelmap),
-                  "human_parts": load_label(parts, shape, len(PARTS) - 1) if parts.suffix == ".png" else
-                  decode_file(parts, lambda path: load_human_parts(path, shape))}
-        if "depth" in path:
-            labels["depth"] = load_label(path["depth"], shape, IGNORE - 1).astype(np.float32, copy=False)
+        labels["normals"][~np.isin(labelmap, self.valid_normals)] = 0
+        parts = decode_file(path["human_parts"], lambda path: load_human_parts(path, shape))
+        return labels | {"sal": load_mask(path["sal"], shape), "human_parts": parts, "labelmap": labelmap,
+                         "edge": boundary_label(labelmap)}
+
+
+class OwnFolder(LabelFolder):
+    """Anyone's images and labels, of which any may be missing; also how the rendered world is written."""
+
+    def list_ids(self) -> list[str]:
+        known = files_by_id(self.root / "images")
+        self.files = {"image": known, "labelmap": files_by_id(self.root / "labelmap")}
+        if any((self.root / f"{split}.txt").exists() for split in ("train", self.split)):
+            ids = super().list_ids()
+            if strays := [name for name in ids if name not in known]:
+                raise FileNotFoundError(f"{self.root}/images lacks {strays[0]} that {self.split}.txt names "
+                                        f"({len(strays)} in all); put it there, or take out the line")
+            return ids
+        if self.split not in ("train", "val"):
+            raise FileNotFoundError(f"{self.root}/{self.split}.txt is missing; write an id per line")
+        held = {name for name in known if hashlib.sha256(name.encode()).digest()[0] % 10 == 0}
+        say(f"{self.root} has no train.txt: {len(held)} of {len(known)} images are val's, by a hash of ids")
+        return sorted(held if self.split == "val" else known.keys() - held)
+
+    def find_labels(self) -> None:
+        captions, described = (self.read_json(name) for name in ("captions", "dataset"))
+        self.captions = {k: v if isinstance(v, dict) else {"caption": v} for k, v in captions.items()}
+        for task, given in described.items():
+            enter_task(task, given)
+        self.classes = {task: given["classes"] for task, given in described.items() if "classes" in given}
+        self.number_scale = {task: given.get("scale") for task, given in described.items()}
+        self.files |= {task: files_by_id(self.root / task) for task in TASKS
+                       if task in described or (self.root / task).is_dir()}
+        for key, files in self.files.items():
+            strays = [path for name, path in files.items() if name not in self.files["image"]]
+            if strays or not files and key in TASKS:
+                what = f"{strays[0]} has no image of its name" if strays else f"{self.root / key} is empty"
+                raise FileNotFoundError(f"{what}; label images/<id>.* in {key}/<id>.*, or remove it")
+        self.tasks = {task: self.count_classes(task) if row.kind == "classes" else row.channels
+                      for task, row in TASKS.items()
+                      if task in self.files or (task == "edge" and self.files["labelmap"])}
+
+    def read_json(self, name: str) -> dict:
+        file = self.root / f"{name}.json"
+        return decode_file(file, lambda path: dict(json.loads(path.read_text()))) if file.exists() else {}
+
+    def count_classes(self, task: str) -> int:
+        """Count the classes of a task; without names, by the largest id of all labels."""
+        if task == "human_parts":
+            self.classes.setdefault(task, PARTS)
+        if task not in self.classes:
+            files = track(self.files[task].values(), f"count classes of {task}", len(self.files[task]))
+            maps = (decode_file(path, load_array) for path in files)
+            most = max(int(ids[ids != IGNORE].max(initial=0)) for ids in maps)
+            self.classes[task] = [str(k) for k in range(most + 1)]
+            say(f"{task} has ids 0..{most}; name the classes in {self.root / 'dataset.json'}")
+        return len(self.classes[task])
+
+    def paths(self, name: str) -> dict[str, Path]:
+        return {key: files[name] for key, files in self.files.items() if name in files}
+
+    def decode_labels(self, path: dict[str, Path], shape: tuple[int, int]) -> dict:
+        labels = {}
+        if "labelmap" in path:
+            labels["labelmap"] = load_label(path["labelmap"], shape, 2**16 - 1).astype(np.int32)
+            labels["edge"] = boundary_label(labels["labelmap"])
+        for task, channels in self.tasks.items():
+            row, file = TASKS[task], path.get(task)
+            if file is None and task not in labels:
+                vector, real = row.kind == "normals", row.kind in ("normals", "number")
+                labels[task] = np.full((*shape, 3) if vector else shape, row.unknown,
+                                       np.float32 if real else np.uint8)
+            elif file and row.kind == "classes":
+                labels[task] = load_label(file, shape, IGNORE).astype(np.uint8)
+                check_range(file, labels[task][labels[task] != IGNORE], channels - 1)
+            elif file and row.kind == "normals":
+                labels[task] = load_normals(file, shape)
+                labels[task][(labels[task] == -1).all(-1)] = 0  # black
+            elif file and row.kind == "number":
+                labels[task] = self.load_number(task, file, shape)
+            elif file:
+                labels[task] = load_mask(file, shape)
         return labels
 
-    def decode_nyud(self, path: dict[str, Path], shape: tuple[int, int]) -> dict:
-        semseg = load_label(path["semseg"], shape, self.tasks["semseg"], field="segmentation")
-        normals = load_label(path["normals"], (*shape, 3), 255, -1.001, mode="RGB")
-        normals = decode_normals(normals) if normals.dtype == np.uint8 else normals.astype(np.float32)
-        labelmap = edge = load_mask(path["edge"], shape)
-        depth = load_label(path["depth"], shape, IGNORE - 1, field="depth").astype(np.float32)
-        if "labelmap" in path:
-            labelmap = load_label(path["labelmap"], shape, 1, field="groundTruth.Boundaries")
-        return {"semseg": semseg.astype(np.uint8) - np.uint8(1),  # 0, void, wraps round to 255
-                "normals": normals, "edge": edge, "depth": depth, "labelmap": labelmap.astype(np.int32)}
+    def load_number(self, task: str, path: Path, shape: tuple[int, int]) -> np.ndarray:
+        """Read a number per pixel, (H, W) float32."""
+        scale = 1 if path.suffix == ".npy" else self.number_scale.get(task)
+        if scale is None:
+            raise ValueError(f"{path} holds steps of an unknown size; write npy, or {task}'s scale in "
+                             "dataset.json: units per step")
+        array = load_label(path, shape).astype(np.float32) * np.float32(scale)
+        array[~np.isfinite(array)] = TASKS[task].unknown
+        if TASKS[task].distance:
+            check_range(path, array, IGNORE - 1)
+        return array
 
 
-PascalContext, NYUDv2, World = (partial(LabelFolder, kind=kind) for kind in ("pascal", "nyud", "world"))
+FOLDERS = dict.fromkeys(("folder", "world"), OwnFolder)
+PascalContext, NYUDv2, World = (partial(FOLDERS.get(kind, LabelFolder), kind=kind)
+                                for kind in ("pascal", "nyud", "world"))
 
 
 def open_data(spec: str, split: str, **options) -> Samples:
-    """Open a split of "world" or "world-nyud" (rendered once, at `size`) or of "KIND:/path".
+    """Open a split of "world" (rendered once, at `size`) or of "KIND:/path".
 
     KIND: a key of KINDS, or for stage 1 images, imagenet (its folder named like the split, if there is one)
     or tars ("tars:/path/*.tar"). options: as those classes take them. Raises ValueError for another spec.
@@ -1032,12 +1166,12 @@ def open_data(spec: str, split: str, **options) -> Samples:
     kind, _, root = spec.partition(":")
     if kind in UNLABELLED and root:
         return ImageFolder(Path(root).expanduser(), split, kind=kind, **options)
-    if kind not in KINDS or not (root or kind.startswith("world")):
-        raise ValueError(f'data "{spec}" is unknown; use "world", "world-nyud" or "KIND:/path" with KIND '
-                         f"one of {', '.join((*KINDS, *UNLABELLED))}")
+    if kind not in KINDS or not (root or kind == "world"):
+        raise ValueError(f'data "{spec}" is unknown; use "world" or "KIND:/path" with KIND one of '
+                         f"{', '.join((*KINDS, *UNLABELLED))}")
     size = options.get("size") or WorldSettings.size
-    root = root or render_world(size=size if isinstance(size, int) else max(size), kind=kind)
-    return LabelFolder(Path(root).expanduser(), split, kind=kind, **options)
+    root = root or render_world(size=size if isinstance(size, int) else max(size))
+    return FOLDERS.get(kind, LabelFolder)(Path(root).expanduser(), split, kind=kind, **options)
 
 
 # -------------------------------------------------------------------------------------- images without labels
@@ -1102,8 +1236,11 @@ class ImageFolder(Samples):
         if kind == "imagenet" and (self.root / split).is_dir():
             self.root /= split
         elif kind == "imagenet":
-            print(f"{self.root} has no folder {split}: all images below it are taken", flush=True)
+            say(f"{self.root} has no folder {split}: all images below it are taken")
         self.tars = []
+        if (labelled := guess_spec(str(self.root)).partition(":")[0]) in KINDS:
+            self.root /= os.path.dirname(KINDS[labelled].files["image"])
+            say(f"{root} has labels, as {labelled} has: of its images those in {self.root} are taken")
         if self.root.is_dir():
             names = list_images(self.root)
         elif ".tar" in self.root.name:
@@ -1118,6 +1255,7 @@ class ImageFolder(Samples):
                              "read as tars:/path/*.tar or tars:/path/{00..12}.tar")
         train = split == "train" if train is None else train
         super().__init__(names, size or (224, 224), train, seed, view)
+        self.lost = set()  # what cannot be read; more than 1 in 100 end the training
         # Enough for the smallest crop, so that a reduced JPEG is never enlarged where it was not.
         self.least = math.ceil(max(self.size) / math.sqrt(CROP_SCALE[0]))
 
@@ -1143,7 +1281,8 @@ class ImageFolder(Samples):
                 sample = self.read(i)
                 break
             except (ValueError, OSError) as error:
-                if not place or attempt == TRIES:
+                self.lost.add(i)
+                if not place or attempt == TRIES or len(self.lost) > max(TRIES, len(self) // 100):
                     raise
                 print(f"{error}; another image takes its place", flush=True)
                 i = int(np.random.default_rng((self.seed, *place, attempt)).integers(len(self)))
@@ -1219,19 +1358,36 @@ def multitask_view(sample: dict, size: tuple[int, int], rng: np.random.Generator
     scale = rng.uniform(*scales)
     tall, wide = int(h * scale), int(w * scale)
     row_of, column_of = nearest(tall, h), nearest(wide, w)
-    rows, columns = choose_crop(sample.get("semseg"), row_of, column_of, size, rng)
+    classes = next((sample[key] for key in sample if key in TASKS and TASKS[key].kind == "classes"), None)
+    rows, columns = choose_crop(classes, row_of, column_of, size, rng)
     flip = rng.random() < 0.5
     columns = columns[::-1] if flip else columns
     view = {key: sample[key].take(row_of[rows], 0).take(column_of[columns], 1)
             for key in TASKS if key in sample}
-    if "depth" in view:
-        view["depth"] /= np.float32(scale)
-    if "normals" in view and flip:
-        view["normals"][..., 0] *= -1
+    for key, array in view.items():
+        if TASKS[key].distance:
+            array /= np.float32(scale)
+        elif TASKS[key].kind == "normals" and flip:
+            array[..., 0] *= -1
     pixels = torch.from_numpy(sample["image"]).permute(2, 0, 1)[None].float()
     pixels = F.interpolate(pixels, (tall, wide), mode="bilinear")[0]  # is OpenCV's INTER_LINEAR
     pixels = pixels.permute(1, 2, 0).numpy()[rows][:, columns].astype(np.uint8)
     return {**view, "image": distort_colours(pixels, rng)}
+
+
+def shrink(sample: dict, size: tuple[int, int]) -> dict:
+    """Fit a sample of `read` that is larger than `size` into it: labels by the nearest pixel, lines kept."""
+    h, w = sample["image"].shape[:2]
+    scale = min(size[0] / h, size[1] / w)
+    if scale >= 1:
+        return sample
+    tall, wide = (max(1, round(scale * n)) for n in (h, w))
+    rows, columns = nearest(tall, h), nearest(wide, w)
+    small = {key: sample[key].take(rows, 0).take(columns, 1) for key in TASKS if key in sample}
+    for key in (key for key in small if TASKS[key].kind == "edge"):  # a line is one pixel wide
+        small[key] = np.maximum.reduceat(np.maximum.reduceat(sample[key], rows, 0), columns, 1)
+    image = Image.fromarray(sample["image"]).resize((wide, tall), Image.Resampling.BILINEAR)
+    return sample | small | {"image": np.asarray(image)}
 
 
 def distill_view(image: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> dict:
@@ -1273,12 +1429,15 @@ def to_tensors(sample: dict, size: tuple[int, int]) -> dict[str, torch.Tensor]:
     image = pixels.transpose(1, 2, 0)  # (H, W, 3), a view
     out = {"image": image if image.shape[:2] == size else pad(image, size, MEAN_COLOUR)}
     out |= {key: pad(sample[key], size, row.unknown) for key, row in TASKS.items() if key in sample}
-    if "normals" in out:
-        out["normals"][~out["normals"].any(-1)] = IGNORE
-    if "depth" in out:
-        out["depth"][out["depth"] == 0] = IGNORE
-    if "human_parts" in out and not (out["human_parts"] % IGNORE).any():  # all 0 or 255
-        out["human_parts"][:] = IGNORE  # no part in sight: nothing to learn from or to score
+    for key, row in TASKS.items():
+        if key not in out:
+            continue
+        if row.kind == "normals":
+            out[key][~out[key].any(-1)] = IGNORE
+        elif row.kind == "number":
+            out[key][np.isnan(out[key]) | (out[key] == row.unknown)] = IGNORE
+        elif row.needs_object and not (out[key] % IGNORE).any():  # all 0 or 255
+            out[key][:] = IGNORE  # no part in sight: nothing to learn from or to score
     for key, array in out.items():
         classes = key in TASKS and TASKS[key].kind in ("classes", "mask")
         array = array.transpose(2, 0, 1) if array.ndim == 3 else array  # (3, S, S)
@@ -1345,7 +1504,7 @@ def colourise(task: str, array: np.ndarray) -> np.ndarray:
         known = known.all(-1) & array.any(-1)
         picture = np.clip((array + 1) * 127.5, 0, 255)
     elif kind == "number":
-        known &= array > 0
+        known &= array > 0 if TASKS[task].distance else np.isfinite(array)
         low, high = np.quantile(array[known], (0, 1)) if known.any() else (0, 1)
         stops = np.linspace(low, high, len(colours))
         picture = np.stack([np.interp(array, stops, channel) for channel in colours.T], -1)
@@ -1408,9 +1567,10 @@ def guess_spec(given: str) -> str:
     root = Path(given)
     if not root.is_dir():
         return given
-    world = (root / "meta.json").exists()
-    kinds = ("world", "world-nyud") if world else ("pascal", "nyud")
-    return f"{next((kind for kind in kinds if (root / KINDS[kind].lists).is_dir()), 'images')}:{root}"
+    own = (root / "images").is_dir() and any((root / name).exists() for name in (*TASKS, "dataset.json"))
+    marks = {"world": (root / "meta.json").exists(), "pascal": (root / KINDS["pascal"].lists).is_dir(),
+             "nyud": (root / KINDS["nyud"].lists).is_dir(), "folder": own}
+    return f"{next((kind for kind, found in marks.items() if found), 'images')}:{root}"
 
 
 def check(spec: str, most: int = 64) -> bool:
@@ -1428,7 +1588,7 @@ def check(spec: str, most: int = 64) -> bool:
 
 @dataclass
 class Args:
-    show: str = "world"  # draw this: a folder, or what open_data takes: world-nyud, images:/path, ...
+    show: str = "world"  # draw this: a folder, or what open_data takes: folder:/path, ...
     split: str = "train"  # split to draw
     rows: int = 8  # samples to draw
     out: Path = Path("contact_sheet.png")  # picture to write

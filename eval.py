@@ -190,19 +190,22 @@ class NormalError(Metric):
 
 
 class DepthRMSE(Metric):
-    """Error of depth, pooled over pixels (rmse: SAK)."""
+    """Error of depth, or of another number, pooled over pixels (rmse: SAK)."""
 
-    def __init__(self):
+    def __init__(self, least: float = 0, most: float = 80):
         super().__init__(close=zeros(), pixels=zeros(), squares=np.zeros(()))
+        self.least, self.most = least, most
 
     def update(self, prediction, target) -> None:
-        """Count prediction and target ([B,] H, W) in metres; target outside (0, 80) is ignored."""
+        """Count prediction and target ([B,] H, W) in metres; target outside (least, most) is ignored."""
         prediction, target = as_arrays(prediction, target)
-        valid = (target > 0) & (target < 80)
+        valid = (target > self.least) & (target < self.most) & (target != data.IGNORE)
         t = target[valid].astype(np.float64)
-        p = np.maximum(prediction[valid].astype(np.float64), 1e-9)
+        p = prediction[valid].astype(np.float64)
+        p = np.maximum(p, 1e-9) if self.least == 0 else p
         self.sums["squares"] += np.square(p - t).sum()
-        self.sums["close"] += (np.maximum(p / t, t / p) < 1.25).sum()
+        low, high = np.minimum(p, t), np.maximum(p, t)
+        self.sums["close"] += ((low > 0) & (high < 1.25 * low)).sum()
         self.sums["pixels"] += valid.sum()
 
     def compute(self) -> dict:
@@ -530,26 +533,49 @@ FINAL = {  # kind of task -> the map that is scored, (B, H, W [, 3]), of raw out
     "mask": lambda x: x.softmax(1)[:, 1],
     "edge": lambda x: x[:, 0].sigmoid(),
     "normals": lambda x: F.normalize(x, dim=1).permute(0, 2, 3, 1),
-    "number": lambda x: x[:, 0].clamp(min=0),
+    "number": lambda x: x[:, 0],
 }
 
 
 def final_map(task: str, raw: Tensor) -> np.ndarray:
-    """Turn a head's raw output (B, C, H, W) into the map that is scored."""
-    return FINAL[data.TASKS[task].kind](raw.float()).cpu().numpy()
+    """Turn a head's raw output (B, C, H, W) into the map that is scored; no distance is below 0."""
+    final = FINAL[data.TASKS[task].kind](raw.float())
+    return (final.clamp(min=0) if data.TASKS[task].distance else final).cpu().numpy()
 
 
 @torch.inference_mode()
-def predict_maps(model, images: Tensor, tasks: Sequence[str]) -> dict[str, np.ndarray]:
-    """Predict the final maps of images (B, 3, H, W), RGB in [0, 1], in eval mode."""
-    raw = model.eval().predict(images, list(tasks))
-    return {task: final_map(task, raw[task]) for task in tasks}
+def predict_maps(model, images: Tensor, tasks: Sequence[str], seen: Sequence[tuple[int, int]],
+                 sizes: Sequence[tuple[int, int]]) -> list[dict[str, np.ndarray]]:
+    """Predict the final maps of each image at its own size, {task: (h, w [, 3])}, in eval mode.
+
+    images (B, 3, H, W), RGB in [0, 1], padded; seen: (h, w) of each without padding; sizes: before shrinking.
+    """
+    raw, found = model.eval().predict(images, list(tasks)), []
+    for i, (small, size) in enumerate(zip(seen, sizes, strict=True)):
+        top, left = ((n - m) // 2 for n, m in zip(images.shape[-2:], small, strict=True))
+        cut = {task: x[i : i + 1, :, top : top + small[0], left : left + small[1]] for task, x in raw.items()}
+        if small != size:
+            cut = {task: F.interpolate(x.float(), size, mode="bilinear", align_corners=False, antialias=True)
+                   for task, x in cut.items()}
+        found.append({task: final_map(task, x)[0] for task, x in cut.items()})
+    return found
 
 
-def unpad(padded: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """Cut the image of size (H, W) out of the test transform's padding."""
-    top, left = (padded.shape[0] - size[0]) // 2, (padded.shape[1] - size[1]) // 2
-    return padded[top : top + size[0], left : left + size[1]]
+def solve(model, samples: list[dict], size: tuple[int, int], device, tasks: Sequence[str]) -> list[dict]:
+    """Predict the final maps of samples of `read`, as `predict_maps` gives them; networks see `size`."""
+    small = [data.shrink({"image": sample["image"]}, size) for sample in samples]
+    images = torch.stack([data.to_tensors(sample, size)["image"] for sample in small]).to(device)
+    return predict_maps(model, images, tasks, *([sample["image"].shape[:2] for sample in kind]
+                                                for kind in (small, samples)))
+
+
+def score(metrics: dict[str, Metric], maps: dict[str, np.ndarray], sample: dict) -> None:
+    """Add the final maps of a sample of `read` to the metrics; without a label nothing is added."""
+    truth = data.to_tensors(sample, sample["image"].shape[:2])
+    for task, metric in metrics.items():
+        if (truth[task] != data.IGNORE).any():  # of edges, maps are scored that are no label of training
+            metric.update(maps[task], sample.get("labelmap", truth[task].numpy())
+                          if data.TASKS[task].kind == "edge" else truth[task])
 
 
 def stack(samples: list[dict], name: str) -> Tensor:
@@ -572,7 +598,9 @@ def first_images(dataset, count: int) -> Tensor:
 def new_metric(task: str, dataset, protocol: str | None = None) -> Metric:
     """Build the empty metric of a task; protocol: of boundaries, default the data's."""
     protocol = protocol or dataset.boundary_protocol
-    metrics = {"classes": lambda: MeanIoU(dataset.tasks[task]), "normals": NormalError, "number": DepthRMSE,
+    limits = (0, 80) if data.TASKS[task].distance else (-math.inf, math.inf)
+    metrics = {"classes": lambda: MeanIoU(dataset.tasks[task]), "normals": NormalError,
+               "number": lambda: DepthRMSE(*limits),
                "mask": lambda: MaxF("invpt" if protocol == "invpt" else "sak"),
                "edge": lambda: BoundaryF(dataset.max_dist, protocol)}
     return metrics[data.TASKS[task].kind]()
@@ -589,18 +617,11 @@ def evaluate(model, dataset, device, batch_size: int, tasks: Sequence[str], rank
     metrics = {task: new_metric(task, dataset, protocol) for task in tasks}
     starts = range(rank * batch_size, len(dataset), world_size * batch_size)
     for start in data.track(starts, f"evaluate {' '.join(tasks)}", len(starts), quiet=rank > 0):
-        batch = range(start, min(start + batch_size, len(dataset)))
-        samples = [dataset[i] for i in batch]
-        maps = predict_maps(model, stack(samples, "image").to(device), tasks)
-        if save is not None:
-            write_maps(save, dataset, batch, maps)
-        for task in tasks:
-            if task != "edge":
-                metrics[task].update(maps[task], stack(samples, task))
-                continue
-            for i, probability in zip(batch, maps["edge"], strict=True):
-                labels = dataset.read(i)["labelmap"]  # the training label `edge` is another array
-                metrics["edge"].update(unpad(probability, labels.shape), labels)
+        samples = [dataset.read(i) for i in range(start, min(start + batch_size, len(dataset)))]
+        for sample, maps in zip(samples, solve(model, samples, dataset.size, device, tasks), strict=True):
+            score(metrics, maps, sample)
+            if save is not None:
+                write_maps(save, sample["name"], maps)
     if world_size > 1:
         states = None if rank else [None] * world_size
         dist.gather_object({task: metric.state() for task, metric in metrics.items()}, states)
@@ -705,18 +726,16 @@ FILED = {  # kind of task -> what its prediction files hold
 }
 
 
-def write_maps(folder: Path, dataset, indices: Sequence[int], maps: dict[str, np.ndarray]) -> None:
-    """Write final maps (B, H, W [, 3]) of padded images as folder/<task>/<id>, at native size."""
-    for task, batch in maps.items():
+def write_maps(folder: Path, name: str, maps: dict[str, np.ndarray]) -> None:
+    """Write the final maps (H, W [, 3]) of an image as folder/<task>/<name>."""
+    for task, array in maps.items():
         (folder / task).mkdir(parents=True, exist_ok=True)
-        for i, array in zip(indices, batch, strict=True):
-            sample = dataset.read(i, labels=False)
-            array, path = unpad(array, sample["image"].shape), folder / task / sample["name"]
-            if data.TASKS[task].files[0] == ".npy":
-                np.save(f"{path}.npy", array.astype(np.float32))
-            else:
-                array = 255 * array if array.dtype.kind == "f" else array
-                Image.fromarray(array.astype(np.uint8)).save(f"{path}.png")  # the cast is the floor
+        if data.TASKS[task].files[0] == ".npy":
+            np.save(folder / task / f"{name}.npy", array.astype(np.float32))
+        else:
+            array = 255 * array if array.dtype.kind == "f" else array
+            whole = array.astype(np.uint8)  # the floor
+            Image.fromarray(whole).save(folder / task / f"{name}.png")
 
 
 def read_map(folder: Path, task: str, name: str, size: tuple[int, int], channels: int) -> np.ndarray:
@@ -747,10 +766,8 @@ def evaluate_files(folder: Path, dataset, tasks: Sequence[str], protocol: str | 
     for i in data.track(range(len(dataset)), f"score {' '.join(tasks)}", len(dataset)):
         sample = dataset.read(i)
         size = sample["image"].shape[:2]
-        truth = data.to_tensors(sample, size) | {"edge": sample.get("labelmap")}
-        for task, metric in metrics.items():
-            found = read_map(folder, task, dataset.ids[i], size, dataset.tasks[task])
-            metric.update(found, truth[task])
+        score(metrics, {task: read_map(folder, task, dataset.ids[i], size, dataset.tasks[task])
+                        for task in tasks}, sample)
     return {task: metric.compute() for task, metric in metrics.items()}
 
 
@@ -901,7 +918,9 @@ def train_and_score(folder: Path, flags: list[str], slot: int) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     here, gpus = Path(__file__).parent, torch.cuda.device_count()
     where = {"CUDA_VISIBLE_DEVICES": str(slot % gpus)} if gpus else {"OMP_NUM_THREADS": "1"}
-    for command in (["train.py", *flags, "--out-dir", folder], ["eval.py", "--ckpt", folder / "prism.pt"]):
+    where["PRISM_CHILD"] = "1"
+    for command in (["train.py", *flags, "--processes", "1", "--out-dir", folder],
+                    ["eval.py", "--ckpt", folder / "prism.pt"]):
         with open(folder / "log.txt", "a") as log:
             done = subprocess.run([sys.executable, here / command[0], *command[1:]], env=os.environ | where,
                                   stdout=log, stderr=subprocess.STDOUT)
@@ -918,6 +937,7 @@ def contest(args: "Args", device) -> None:
         raise ValueError(f"unknown contestant {unknown[0] if args.contest else ''}: name some of "
                          f"{', '.join(CONTESTANTS)}")
     settings = tyro.cli(train.Args, args=common)
+    train.inherit(settings)
     dataset = data.open_data(settings.data, "train")  # renders the world
     teachers.Teachers(settings.teachers)  # trains the toys
     tasks = list(train.label_channels(settings, dataset))
@@ -978,19 +998,23 @@ def as_pixels(image: Tensor) -> np.ndarray:
     return (255 * image).round().byte().permute(1, 2, 0).cpu().numpy()
 
 
+def titled(task: str) -> str:
+    """Name a task, and the unit of its map."""
+    row = data.TASKS[task]
+    return f"{task}, {row.unit}" if row.kind == "number" and row.unit else task
+
+
 def draw_predictions(model, dataset, device, tasks: Sequence[str], scenes: int = 6) -> Image.Image:
     """Draw scenes spread over the dataset: the image, then prediction and truth of every task."""
     indices = np.linspace(0, len(dataset) - 1, min(scenes, len(dataset))).astype(int).tolist()
-    maps = predict_maps(model, stack([dataset[i] for i in indices], "image").to(device), tasks)
-    rows = []
-    for row, i in enumerate(indices):
-        truth = dataset.read(i)
+    samples, rows = [dataset.read(i) for i in indices], []
+    for truth, maps in zip(samples, solve(model, samples, dataset.size, device, tasks), strict=True):
         cells = [truth["image"]]
         for task in tasks:
-            pair = unpad(maps[task][row], truth["image"].shape), truth[task]
-            cells += np.split(data.colourise(task, np.concatenate(pair, 1)), 2, 1)  # one depth ramp
+            pair = np.concatenate([maps[task], truth[task]], 1)  # one depth ramp
+            cells += np.split(data.colourise(task, pair), 2, 1)
         rows.append((truth["name"], cells))
-    columns = ["image", *(word for task in tasks for word in (task, "truth"))]
+    columns = ["image", *(word for task in tasks for word in (titled(task), "truth"))]
     return data.sheet(columns, rows, 128, {t: dataset.classes[t] for t in tasks if t in dataset.classes})
 
 
@@ -1053,32 +1077,25 @@ def draw_imitation(model, members: dict[str, teachers.Teacher], images: Tensor) 
     return data.sheet(["image", *blocks], rows, 112)
 
 
-@torch.inference_mode()
-def solve_photo(model, photo: np.ndarray, tasks: Sequence[str], side: int, shown: tuple[int, int]):
-    """Predict the final maps of a photo (H, W, 3) uint8 at the size `shown` (h, w).
+def photo_input(photo: np.ndarray, side: int, cfg: prism.PrismConfig) -> tuple[Tensor, tuple[int, int]]:
+    """Turn a photo (H, W, 3) uint8 into what the student sees of it, (1, 3, H', W'), and its size there.
 
-    The student sees what scoring would show it: the photo at its own size or shrunk to the shorter
-    side `side`, never enlarged, padded to whole patches and at least to the student's own size.
-    Returns {task: (h, w [, 3])} and the size seen, (h, w).
+    As in scoring: the photo at its own size or shrunk to the shorter side `side`, never enlarged, padded to
+    whole patches and at least to the student's own size.
     """
-    scale, cfg = min(1, side / min(photo.shape[:2])), model.cfg
-    seen = [max(1, round(scale * n)) for n in photo.shape[:2]]
+    scale = min(1, side / min(photo.shape[:2]))
+    seen = tuple(max(1, round(scale * n)) for n in photo.shape[:2])
     small = np.array(Image.fromarray(photo).resize(seen[::-1], Image.Resampling.LANCZOS))
     padded = tuple(cfg.patch * max(math.ceil(n / cfg.patch), g) for n, g in zip(seen, cfg.grid, strict=True))
-    image = data.to_tensors({"image": small}, padded)["image"][None]  # (1, 3, H, W)
-    maps = {}
-    for task, raw in model.predict(image.to(model.mean.device), list(tasks)).items():
-        raw = rearrange(unpad(rearrange(raw.float(), "1 c h w -> h w c"), seen), "h w c -> 1 c h w")
-        raw = F.interpolate(raw, shown, mode="bilinear", align_corners=False, antialias=True)
-        maps[task] = final_map(task, raw)[0]
-    return maps, seen
+    return data.to_tensors({"image": small}, padded)["image"][None], seen
 
 
 def draw_photos(args: "Args", device) -> None:
-    """Write a panel per photo of --image, or of each image in a folder."""
-    model, out_dir = prism.load(args.ckpt, device), args.out_dir or args.ckpt.parent
-    tasks = choose_tasks(args.tasks, model.cfg.tasks, model.cfg)
-    classes = prism.read_checkpoint(args.ckpt).get("provenance", {}).get("classes", {})
+    """Write a panel per photo of --image, or of each image in a folder; also raw maps and features."""
+    stored, model = read_student(args.ckpt), prism.load(args.ckpt, device)
+    out_dir, cfg = args.out_dir or args.ckpt.parent, model.cfg
+    tasks = choose_tasks(args.tasks, cfg.tasks, cfg)
+    classes = stored.get("provenance", {}).get("classes", {})
     legends = {task: names for task, names in classes.items() if task in tasks}
     photos = [path / name for path in args.image
               for name in (data.list_images(path) if path.is_dir() else [""])]
@@ -1086,14 +1103,21 @@ def draw_photos(args: "Args", device) -> None:
         raise ValueError(f"{', '.join(map(str, args.image))} holds no images; name photos or folders of them")
     stems = [path.stem for path in photos]
     for k, path in enumerate(data.track(photos, "photos", len(photos))):
-        name = f"{path.stem}{f'-{k + 1}' if path.stem in stems[:k] else ''}_tasks.png"  # a.jpg and b/a.jpg
-        side = args.photo_side or min(model.cfg.grid) * model.cfg.patch
-        photo = data.read_photo(path, 4 * side)
-        maps, seen = solve_photo(model, photo, tasks, side, photo.shape[:2])
+        name = f"{path.stem}{f'-{k + 1}' if path.stem in stems[:k] else ''}"  # a.jpg and b/a.jpg
+        side = args.photo_side or min(cfg.grid) * cfg.patch
+        photo = data.read_photo(path, 4 * side if args.save_predictions is None else None)
+        image, seen = photo_input(photo, side, cfg)
+        if args.save_features is not None:
+            levels = model.features(image.to(device), args.context or model.contexts[0])
+            args.save_features.mkdir(parents=True, exist_ok=True)
+            np.save(args.save_features / f"{name}.npy", torch.cat(levels).detach().cpu())  # (4, D, h, w)
+        maps = predict_maps(model, image.to(device), tasks, [seen], [photo.shape[:2]])[0] if tasks else {}
+        if args.save_predictions is not None:
+            write_maps(args.save_predictions, name, maps)
         cells = [photo, *(data.colourise(task, array) for task, array in maps.items())]
-        panel = data.sheet(["photo", *maps], [(f"{seen[1]} x {seen[0]}", cells)], 320, legends)
-        write_files(out_dir, {name: panel})
-        print(f"wrote {out_dir / name}", flush=True)
+        panel = data.sheet(["photo", *map(titled, maps)], [(f"{seen[1]} x {seen[0]}", cells)], 320, legends)
+        write_files(out_dir, {f"{name}_tasks.png": panel})
+        print(f"wrote {out_dir / name}_tasks.png", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------ main
@@ -1114,7 +1138,9 @@ class Args:
     reference: Path | None = None  # JSON {task: value} or a results.json; prints Delta_m against it
     image: tuple[Path, ...] | None = None  # photos, or folders of them: draw every task, score nothing
     photo_side: int | None = None  # shrink photos to this shorter side, pixels (default: the student's)
-    save_predictions: Path | None = None  # folder for a file per image and task, while scoring
+    save_predictions: Path | None = None  # folder for a file per image and task, of scored ones or --image
+    save_features: Path | None = None  # of --image: folder for its 4 levels, npy (4, D, h, w)
+    context: str | None = None  # of --save-features: teacher or task (default: the first teacher)
     predictions: Path | None = None  # score the files of this folder, without a checkpoint
     analysis: int = 0  # on so many images also: how well the student imitates its teachers
     probe: bool = False  # instead: linear probes of the toy teachers, and of the checkpoint's features
@@ -1124,6 +1150,14 @@ class Args:
     seeds: int = 3  # of --contest
     train_args: str = ""  # of --contest: flags for every train.py: --train-args="--size small"
     debug: bool = False  # full traceback on errors
+
+
+def read_student(path: Path) -> dict:
+    """Read a checkpoint; the tasks of its data's own are known from then on."""
+    stored = prism.read_checkpoint(path)
+    for task, row in stored.get("provenance", {}).get("tasks", {}).items():
+        data.TASKS.setdefault(task, data.Task(**row))
+    return stored
 
 
 def choose_tasks(asked: Sequence[str], heads: dict[str, int], dataset) -> list[str]:
@@ -1187,7 +1221,7 @@ def score_files(args: Args) -> None:
 
 def score_checkpoint(args: Args) -> None:
     """Score, print, write all files. Several processes share the scoring; the rest is the first one's."""
-    stored = prism.read_checkpoint(args.ckpt)
+    stored = read_student(args.ckpt)
     source = args.data or stored.get("provenance", {}).get("data")
     if source is None:
         raise ValueError(f"{args.ckpt} does not say what it was trained on; name it with --data")

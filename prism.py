@@ -940,8 +940,11 @@ def read_file(path: Path) -> dict:
             with safe_open(path, "pt") as file:
                 facts = {k: json.loads(v) for k, v in (file.metadata() or {}).items() if k != "format"}
                 return facts | {"model": {k: file.get_tensor(k) for k in file.keys()}}
-        if is_zipfile(path) and (bad := ZipFile(path).testzip()):  # torch does not look
-            raise ValueError(f"{bad} in it differs from its checksum")
+        if is_zipfile(path):
+            if sum(part.file_size for part in ZipFile(path).infolist()) > 2 * path.stat().st_size + 2**20:
+                raise ValueError("it would unpack to more than twice its size")
+            if bad := ZipFile(path).testzip():  # torch does not look
+                raise ValueError(f"{bad} in it differs from its checksum")
         with torch.serialization.safe_globals([Namespace]):  # settings beside the weights
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds; pickle's own text is a page of advice
@@ -998,12 +1001,14 @@ def load(path: str | Path, device: str = "cpu", grid: tuple[int, int] | None = N
     if grid is not None and tuple(grid) != model.cfg.grid:
         model.pos_embed = nn.Parameter(resize_pos(model.pos_embed.data, model.cfg.grid, tuple(grid)))
         model.cfg = replace(model.cfg, grid=tuple(grid))
+    model.provenance = content.get("provenance", {})
     return model.to(device).eval()
 
 
 def save(model: Student, path: str | Path) -> None:
-    """Write weights and config to `path`, for `load`: to one safetensors file if it is named so."""
-    write_checkpoint(path, {"model": model.state_dict(), "config": asdict(model.cfg)})
+    """Write weights, config and origin to `path`, for `load`: to one safetensors file if it is named so."""
+    write_checkpoint(path, {"model": model.state_dict(), "config": asdict(model.cfg),
+                            "provenance": getattr(model, "provenance", {})})
 
 
 def load_strict(model: nn.Module, state: dict[str, Tensor], path: str | Path, new: tuple[str, ...] = (),

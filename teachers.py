@@ -702,7 +702,7 @@ def read_scenes(root: Path) -> Scenes:
     world = data.World(root, "train", cache=False)
     samples = [world.read(i, labels=False) for i in range(len(world))]  # with all labels: four times as long
     images = torch.from_numpy(np.stack([sample["image"] for sample in samples]))  # (B, S, S, 3)
-    paths = [data.sample_paths(root, world.files, name)["labelmap"] for name in world.ids]
+    paths = [world.paths(name)["labelmap"] for name in world.ids]
     labelmaps = np.stack([data.load_array(path) for path in paths])
     return Scenes(images.permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labelmaps),
                   *caption_tables([sample["caption"] for sample in samples]))

@@ -21,6 +21,8 @@ import os
 import re
 import resource
 import signal
+import socket
+import subprocess
 import sys
 import time
 import warnings
@@ -52,8 +54,8 @@ class Args:
     """Train PRISM. Defaults run the whole road on the rendered world in minutes."""
 
     stage: Literal["all", "deconstruct", "recompose"] = "all"  # all: deconstruct, then recompose
-    size: Literal["toy", "small", "base", "large"] = "toy"  # of the student, see `python prism.py`
-    student: Literal["prism", "sak", "dense", "wide", "moe"] = "prism"  # sak: the baseline; then controls
+    size: Literal["toy", "small", "base", "large"] | None = None  # default: stage 1's, or toy
+    student: Literal["prism", "sak", "dense", "wide", "moe"] | None = None  # sak: the baseline; then controls
     without: tuple[Literal["anchor", "shared", "film", "context"], ...] = ()  # ablate parts of prism
     experts: int | None = None  # routed experts per MoE block (default: the size's)
     top_k: int | None = None  # experts per token (default: the size's)
@@ -63,8 +65,8 @@ class Args:
     recompose: Literal["route", "views"] | None = None  # stage 2, see prism.Prism (default: the size's)
     every_teacher: bool | None = None  # each image serves all teachers, or one (default: sak all, others one)
     decorr_levels: int = 2  # the first levels are decorrelated; 0: none
-    data: str = "world"  # world, world-nyud; KIND:FOLDER: pascal, nyud; stage 1 also images, imagenet, tars
-    teachers: tuple[str, ...] = ("toy-clip", "toy-dino", "toy-sam")  # `python teachers.py`; or NAME=FOLDER
+    data: str = "world"  # world, FOLDER, KIND:FOLDER: folder, pascal, nyud; stage 1: images, imagenet, tars
+    teachers: tuple[str, ...] = ()  # `python teachers.py`; or NAME=FOLDER (default: as for size, or toys)
     sam_size: int | None = None  # longest side of SAM's input, pixels; less than 1024 is an approximation
     tasks: tuple[str, ...] = ()  # default: all that the data has
     image_size: tuple[int, ...] | None = None  # side, or height and width, pixels (default: the recipe's)
@@ -72,11 +74,12 @@ class Args:
     steps: int | None = None  # optimizer updates per stage (default: the recipe's)
     epochs: float | None = None  # the same as passes over the data
     batch_size: int | None = None  # images per step over all processes (default: the recipe's)
-    accumulate: int = 1  # forward and backward passes per step: less memory, the same images
+    accumulate: int | None = None  # passes per step, for memory (default: what a CPU's stage 1 needs, or 1)
     lr: float | None = None  # peak learning rate (default: the recipe's)
     weight_decay: float | None = None  # on matrices (default: the recipe's)
     distill_weight: float = 1.0  # mu, weight of the distillation terms beside the tasks in recompose
     distill: bool = True  # --no-distill: recompose without teachers and from random weights, or --init
+    freeze: Literal["trunk"] | None = None  # recompose: train heads and task embeddings alone, no teachers
 
     out_dir: Path = Path("out")  # checkpoints and log.jsonl
     init: str | None = None  # checkpoint or timm ViT: augreg-s, FILE, ... (recompose: OUT_DIR/deconstruct.pt)
@@ -85,6 +88,7 @@ class Args:
     device: str | None = None  # default: cuda if there is one, else cpu
     compile: bool | None = None  # torch.compile student and teachers (default: on cuda)
     recompute: bool = False  # activation checkpointing: blocks run twice, but keep only their inputs
+    processes: int | None = None  # on a CPU (default: one per core, as memory allows); on GPUs use torchrun
     workers: int | None = None  # loader processes per training process (default: on cuda all cores' share)
     log_every: int = 20  # steps between log lines
     save_every: int | None = None  # steps between checkpoints (default: 100, or 1 % of the stage if more)
@@ -123,11 +127,12 @@ STAGES = {  # stage -> kind of data -> recipe: the paper's, but the rendered wor
     "deconstruct": {
         "world": ON_IMAGES._replace(image_size=(64, 64), steps=350, epochs=0, batch_size=32, lr=3e-3,
                                     lr_batch=1),
-        "images": ON_IMAGES, "pascal": ON_IMAGES, "nyud": ON_IMAGES,
+        "images": ON_IMAGES, "folder": ON_IMAGES, "pascal": ON_IMAGES, "nyud": ON_IMAGES,
     },
     "recompose": {
         "world": ON_PASCAL._replace(image_size=(64, 64), steps=640, batch_size=8, lr=3e-3, lr_pretrained=0.3,
                                     warmup=0.05),
+        "folder": ON_PASCAL._replace(image_size=(384, 384), steps=0, epochs=100),  # a guess
         "pascal": ON_PASCAL,
         "nyud": ON_PASCAL._replace(image_size=(448, 576), batch_size=12),
     },
@@ -193,6 +198,28 @@ def noted_signals():
             signal.signal(kind, handler)
 
 
+def start_processes(args: Args) -> list[subprocess.Popen]:
+    """On a CPU, start a process per core beside this one: two of one thread are faster than one of two.
+
+    As many as share each step evenly, with 2 GiB of free memory each. torchrun's are left alone.
+    """
+    if process_place()[1] > 1 or prism.choose_device(args.device).type != "cpu":
+        return []
+    most = args.processes or int(min(data.core_count(), free_memory() / 2**31))
+    parts = [choose_recipe(args, name).batch_size // (args.accumulate or 1) for name in args.stages()]
+    count = max((n for n in range(1, most + 1) if not any(part % n for part in parts)), default=1)
+    if count == 1:
+        return []
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "RANK": "0",
+                       "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
+    torch.set_num_threads(1)
+    return [subprocess.Popen(sys.orig_argv, env=os.environ | {"RANK": str(k), "PRISM_CHILD": "1"},
+                             start_new_session=True)  # Ctrl-C is the first one's to hear
+            for k in range(1, count)]
+
+
 @contextmanager
 def explained():
     """Turn what torch raises when another process is gone into one line."""
@@ -221,11 +248,12 @@ def held(folder: Path, rank: int):
 
 def check_args(args: Args) -> None:
     """Raise ValueError or OSError for what can be seen before anything is rendered or built."""
-    for flag in ("steps", "epochs", "batch_size", "accumulate", "log_every", "save_every"):
+    for flag in ("steps", "epochs", "batch_size", "accumulate", "processes", "log_every", "save_every"):
         if (value := getattr(args, flag)) is not None and value <= 0:
             raise ValueError(f"--{flag.replace('_', '-')} {value} is not above 0")
-    patch, (_, processes) = prism.SIZES[args.size].patch, process_place()
-    parts = processes * args.accumulate
+    patch, (_, processes) = prism.SIZES[args.size or "toy"].patch, process_place()
+    passes = args.accumulate or 1
+    parts = processes * passes
     if args.distill:
         teachers.name_sources(args.teachers)
     elif args.stage != "recompose":
@@ -242,7 +270,7 @@ def check_args(args: Args) -> None:
                              f"({len(args.teachers)}); every step needs an image for each")
         if stage.batch_size % parts:
             raise ValueError(f"batch size {stage.batch_size} does not split over {processes} processes x "
-                             f"{args.accumulate} passes; use {stage.batch_size // parts * parts or parts}")
+                             f"{passes} passes; use {stage.batch_size // parts * parts or parts}")
     first = args.stages()[0]
     source, own = init_source(args, first), args.out_dir / choose_recipe(args, first).checkpoint
     begun = own.exists() and not args.fresh
@@ -251,10 +279,36 @@ def check_args(args: Args) -> None:
                                 "--stage deconstruct")
 
 
+SWITCHES = ("student", "without", "experts", "top_k", "expert_ratio", "gate_start", "projector", "recompose")
+
+
+def inherit(args: Args) -> dict:
+    """Fill in what is left open of size, student and teachers: as stage 2's first weights have it, or toys.
+
+    Returns their checkpoint without weights, {} if there is none.
+    """
+    stored = {}
+    for path in (init_source(args, "recompose"), args.out_dir / ON_PASCAL.checkpoint):
+        if not stored and path and args.stage == "recompose" and prism.is_student(path):
+            stored = prism.read_checkpoint(path)
+    cfg = prism.config_from(stored["config"], path) if stored else prism.SIZES[args.size or "toy"]
+    shape = (cfg.dim, cfg.depth, cfg.patch)
+    alike = (size for size, c in prism.SIZES.items() if (c.dim, c.depth, c.patch) == shape)
+    args.size = args.size or next(alike, "toy")
+    for name in SWITCHES if stored else ("student",):
+        setattr(args, name, getattr(args, name) or getattr(cfg, name))
+    found = stored.get("provenance", {}).get("teachers", {})
+    args.teachers = args.teachers or tuple(
+        name if was.get("kind") == "toy" else f"{name}={was['source']}" for name, was in found.items()
+    ) or tuple(teachers.TOYS)
+    args.distill = args.distill and not args.freeze
+    return {k: stored[k] for k in ("config", "provenance") if k in stored}
+
+
 def init_source(args: Args, name: str) -> str | None:
     """Tell where a stage's first weights are: --init, or for stage 2 stage 1's; None: random weights."""
     source = args.init if args.stage != "all" or name == "deconstruct" else None
-    if source is None and name == "recompose" and args.distill:
+    if source is None and name == "recompose" and (args.distill or args.freeze):
         source = str(args.out_dir / ON_IMAGES.checkpoint)
     return source
 
@@ -262,7 +316,7 @@ def init_source(args: Args, name: str) -> str | None:
 def choose_recipe(args: Args, name: str, images: int = 0) -> Stage:
     """Put the command line's values over the recipe for this kind of data of so many images."""
     kind = args.data.partition(":")[0]
-    kind = {"world-nyud": "world", **dict.fromkeys(data.UNLABELLED, "images")}.get(kind, kind)
+    kind = "images" if kind in data.UNLABELLED else kind
     if kind not in STAGES[name]:
         raise ValueError(f"data {args.data} cannot be used to {name}: it has no labels, or is of no known "
                          f"kind; use --stage deconstruct, or one of {', '.join(STAGES[name])}")
@@ -280,9 +334,8 @@ def choose_recipe(args: Args, name: str, images: int = 0) -> Stage:
 
 def student_config(args: Args, **changes) -> prism.PrismConfig:
     """Return the size's config with what the command line changes of it."""
-    switches = ("experts", "top_k", "expert_ratio", "gate_start", "projector", "recompose")
-    given = {k: v for k in switches if (v := getattr(args, k)) is not None}
-    return replace(prism.SIZES[args.size], student=args.student, without=args.without, **given, **changes)
+    given = {k: v for k in SWITCHES if (v := getattr(args, k)) is not None}
+    return replace(prism.SIZES[args.size or "toy"], **given, **changes)
 
 
 def label_channels(args: Args, dataset: data.Samples) -> dict[str, int]:
@@ -305,6 +358,8 @@ def build_optimizer(student: nn.Module, stage: Stage, pretrained: bool) -> torch
     """
     groups = {}
     for name, p in student.named_parameters():
+        if not p.requires_grad:
+            continue
         vector = p.ndim < 2 or name.endswith((".b1", ".b2", "embed", "token"))
         factor = stage.lr_pretrained if pretrained and not re.match(NEW[stage.view], name) else 1.0
         group = {"params": [], "weight_decay": 0.0 if vector else stage.weight_decay, "factor": factor}
@@ -571,8 +626,19 @@ def fill_student(student: prism.Student, source: str | None, content: dict | Non
         raise ValueError(f"cannot start from {path}: {'; '.join(differ)}; use its --student, --size and "
                          "--teachers, in its order (dinov2=SOURCE gives a teacher the name dinov2)")
     state["pos_embed"] = prism.resize_pos(state["pos_embed"], tuple(cfg.grid), student.cfg.grid)
+    own, ours = student.state_dict(), list(student.cfg.tasks)
+    unlike = {k.split(".")[1] for k, v in state.items() if k.startswith(("heads", "mixers"))
+              if k not in own or own[k].shape != v.shape}
+    kept = [task for task in cfg.tasks if task in ours and task not in unlike]
     new = ("heads", "task_embed", "mixers")
+    state = {k: v for k, v in state.items()
+             if not k.startswith(("heads", "mixers")) or k.split(".")[1] in kept}
+    if "task_embed" in own and "task_embed" in state:
+        for there, task in ((i, task) for i, task in enumerate(cfg.tasks) if task in ours):
+            own["task_embed"][ours.index(task)] = state["task_embed"][there]
+        state["task_embed"] = own["task_embed"]
     report = prism.load_strict(student, state, path, new=new, dropped=new)
+    report += f", of the heads those of {', '.join(kept)}" if kept else ""
     report += ", arithmetic of the released code" * cfg.official
     student.expect(cfg.mean, cfg.std)
     return f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}", f"{path}: {report}"
@@ -594,6 +660,8 @@ def check_same_run(path: Path, stored: dict, ours: dict) -> None:
 def place(args: Args, rt: Runtime, student: prism.Student) -> nn.Module:
     """Move the student to the device; compile or replicate it as the arguments say."""
     student.to(rt.device).train()
+    if args.freeze:
+        student.blocks.eval()  # no noise in its routers
     if rt.device.type == "cuda" if args.compile is None else args.compile:
         student.compile_parts()
     for block in student.blocks if args.recompute else ():  # around the compiled one: it cannot look inside
@@ -608,16 +676,37 @@ def serves_all(args: Args) -> bool:
     return args.student == "sak" if args.every_teacher is None else args.every_teacher
 
 
+BYTES = 160  # that a pass of stage 1 takes per token, channel and block
+
+
+def free_memory() -> float:
+    """Return how many bytes programs may still take; inf where nobody says."""
+    try:
+        return 1024 * float(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1])
+    except (OSError, TypeError):
+        return math.inf
+
+
+def choose_passes(stage: Stage, rt: Runtime, cfg: prism.PrismConfig) -> int:
+    """Return how many passes a step of stage 1 takes so that a CPU's free memory is at most half filled."""
+    if rt.device.type == "cuda" or stage.view != "distill":  # batch norm sees a pass: it would change stage 2
+        return 1
+    own, tokens = stage.batch_size // rt.world_size, math.prod(stage.image_size) // cfg.patch**2
+    room = free_memory() / 2 / rt.world_size / (BYTES * tokens * cfg.dim * cfg.depth)  # images
+    return min((n for n in range(1, own + 1) if own % n == 0 and own / n <= room), default=own)
+
+
 def begin(args: Args, rt: Runtime, name: str, taught: teachers.Teachers):
-    """Return recipe, data set, filled student, what the run is, and the checkpoint to go on from, if any."""
+    """Return recipe, data set, filled student, what the run is, checkpoint to go on from, passes a step."""
     stage = choose_recipe(args, name)
-    dataset = first_rank_first(rt, lambda: data.open_data(
-        args.data, "train", size=stage.image_size, seed=args.seed, view=stage.view))
+    dataset = data.open_data(args.data, "train", size=stage.image_size, seed=args.seed, view=stage.view)
     stage, path = choose_recipe(args, name, len(dataset)), args.out_dir / stage.checkpoint
     tasks = label_channels(args, dataset) if "recompose" in args.stages() else {}  # wrong ones before stage 1
     tasks = tasks if stage.view == "multitask" else {}
     (height, width), patch = stage.image_size, prism.SIZES[args.size].patch
 
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(f"{path} is a link to {os.readlink(path)}, which is gone; mend or remove it")
     stored = prism.read_checkpoint(path) if path.exists() and not args.fresh else None
     source = init_source(args, name)
     moved = stored and source and source.endswith(".pt") and not Path(source).exists()  # no longer needed
@@ -628,15 +717,18 @@ def begin(args: Args, rt: Runtime, name: str, taught: teachers.Teachers):
     torch.manual_seed(args.seed)
     student = prism.build(student_config(args, teachers=taught.widths, tasks=tasks, official=official,
                                          grid=(height // patch, width // patch)))
-    origin, report = fill_student(student, source, given)
     for task in (task for task in tasks if data.TASKS[task].kind == "number"):  # heads start at the mean
         y = torch.stack([dataset[i][task] for i in range(min(64, len(dataset)))])
-        nn.init.constant_(student.heads[task].last.bias, y[y != data.IGNORE].mean())
+        nn.init.constant_(student.heads[task].last.bias, y[y != data.IGNORE].mean().nan_to_num())
+    origin, report = fill_student(student, source, given)
+    for key, p in student.named_parameters():
+        taught_alone = key.startswith(("projectors", "aligners")) and not taught.targets
+        p.requires_grad_(not (taught_alone or args.freeze and not re.match(NEW["multitask"], key)))
     facts = {"stage": name, "seed": args.seed, "steps": stage.steps,
              "initial weights": stored["provenance"]["init"] if moved else origin,
              "data": args.data, "batch size": stage.batch_size, "lr": stage.lr,
              "weight decay": stage.weight_decay, "distill weight": args.distill_weight,
-             "decorr levels": args.decorr_levels, "every teacher": serves_all(args),
+             "decorr levels": args.decorr_levels, "every teacher": serves_all(args), "frozen": args.freeze,
              **{f"teacher {k}": [p.get(x) for x in ("sha256", "settings", "size")]
                 for k, p in taught.provenance.items()},
              **{f"student's {k}": v for k, v in asdict(student.cfg).items()}}
@@ -644,23 +736,28 @@ def begin(args: Args, rt: Runtime, name: str, taught: teachers.Teachers):
         check_same_run(path, stored, facts)
         prism.load_strict(student, stored["model"], path)
         report = f"resumed {path} at step {stored['step']}"
+    passes = args.accumulate or choose_passes(stage, rt, student.cfg)
     if rt.rank == 0:
         total, active = (n / 1e6 for n in prism.count_parameters(student))
         print(f"\n{name}: {stage.steps} steps x {stage.batch_size} images of {len(dataset)} = "
               f"{stage.epochs:.1f} epochs at {height} x {width} px; {rt.world_size} processes x "
-              f"{args.accumulate} passes\n"
+              f"{passes} passes\n"
               f"  student {args.student} {args.size}: {total:.2f} M parameters, {active:.2f} M per token; "
               f"contexts {' '.join(student.contexts)}\n  {rt.device}, {rt.amp or torch.float32}, lr "
               f"{stage.lr:g} {stage.decay}, weight decay {stage.weight_decay:g}; {report}", flush=True)
-    return stage, dataset, student, facts, stored
+        if stage.steps < 500 and args.steps is None and not args.data.startswith("world"):
+            print(f"  {stage.steps} updates are few: raise --epochs, or train heads alone: --freeze trunk")
+    return stage, dataset, student, facts, stored, passes
 
 
 def train_stage(args: Args, rt: Runtime, name: str, taught: teachers.Teachers) -> int:
     """Train one stage from its last checkpoint to its end; returns the signal that ended it before, or 0."""
-    stage, dataset, student, facts, stored = begin(args, rt, name, taught)
+    stage, dataset, student, facts, stored, passes = first_rank_first(  # what is wrong is said once
+        rt, lambda: begin(args, rt, name, taught))
     path, cfg, start = args.out_dir / stage.checkpoint, student.cfg, stored["step"] if stored else 0
     if start == stage.steps:
-        print(f"{path} holds all {start} steps")
+        if rt.rank == 0:
+            print(f"{path} holds all {start} steps")
         return 0
     model = place(args, rt, student)
     optimizer = build_optimizer(student, stage, pretrained=facts["initial weights"] != "random weights")
@@ -668,18 +765,19 @@ def train_stage(args: Args, rt: Runtime, name: str, taught: teachers.Teachers) -
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": stored.pop("optimizer")["state"], "param_groups": groups})
     provenance = {"data": dataset.source, "classes": dataset.classes, "teachers": taught.provenance,
+                  "tasks": {task: data.TASKS[task]._asdict() for task in cfg.tasks},
                   "init": facts["initial weights"], "torch": str(torch.__version__), "run": facts}
 
     workers = args.workers
     if workers is None:  # the rendered world lies in memory: on a CPU, workers would only take cores
         workers = min(16, data.core_count() // rt.world_size) if rt.device.type == "cuda" else 0
-    B, passes = stage.batch_size // rt.world_size, args.accumulate
+    B = stage.batch_size // rt.world_size
     batches = data.batches(dataset, B, stage.steps, start, args.seed, rt.rank, rt.world_size, workers)
     log = Log(args.out_dir / "log.jsonl", rt, name, stage.steps, start)
     with noted_signals() as received:
         for step, batch in enumerate(data.track(batches, name, stage.steps, start, rt.rank > 0), start):
             batch = {k: v.to(rt.device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
-            if taught.widths:
+            if taught.targets:
                 ids = torch.from_numpy(assign_teachers(stage.batch_size, len(taught.widths), args.seed, step))
                 batch["teacher"] = ids[rt.rank * B : (rt.rank + 1) * B]  # (B,) on the host, or all K (B, K)
                 if serves_all(args):
@@ -694,7 +792,7 @@ def train_stage(args: Args, rt: Runtime, name: str, taught: teachers.Teachers) -
                 alone = isinstance(model, DistributedDataParallel) and i < passes - 1
                 with model.no_sync() if alone else nullcontext():  # gradients are exchanged in the last pass
                     with rt.autocast():
-                        targets = taught.targets(part["image"], part.get("teacher"))
+                        targets = taught.targets(part["image"], part["teacher"]) if taught.targets else {}
                         out = model(part["image"], part.get("teacher"), tuple(cfg.tasks))
                         mu = args.distill_weight if cfg.tasks else 1.0
                         terms = loss_terms(out, targets, part, cfg, mu, args.decorr_levels, batch)
@@ -735,15 +833,36 @@ def global_max(value: int) -> int:
     return value.item()
 
 
-def train(args: Args) -> None:
-    """Check, train or load the teachers, run the stages one after the other."""
+def prepare(args: Args) -> dict:
+    """Fill in and check the arguments; returns what `inherit` does."""
     args.data = data.guess_spec(args.data)
     args.out_dir.mkdir(parents=True, exist_ok=True)
+    first = inherit(args)
     check_args(args)
-    rt = start_runtime(args.device)
+    return first
+
+
+def main(args: Args) -> None:
+    """Train, on a CPU in a process per core."""
+    prepare(args)
+    children = start_processes(args)
+    try:
+        train(args)
+        for child in children:
+            child.wait()
+    finally:
+        for child in children:
+            child.kill()
+
+
+def train(args: Args) -> None:
+    """Check, train or load the teachers, run the stages one after the other."""
+    first, rt = prepare(args), start_runtime(args.device)
     torch.set_float32_matmul_precision("high")
     with explained(), held(args.out_dir, rt.rank):
-        taught = SimpleNamespace(widths={}, provenance={}, targets=lambda *_: {})
+        # Without teachers a student keeps the contexts that it learned under them.
+        taught = SimpleNamespace(widths=first.get("config", {}).get("teachers", {}), targets=None,
+                                 provenance=first.get("provenance", {}).get("teachers", {}))
         if args.distill:
             compiled = rt.device.type == "cuda" if args.compile is None else args.compile
             taught = first_rank_first(
@@ -764,4 +883,4 @@ def train(args: Args) -> None:
 
 if __name__ == "__main__":
     args = tyro.cli(Args, description=__doc__)
-    data.exit_with_one_line(lambda: train(args), args.debug)
+    data.exit_with_one_line(lambda: main(args), args.debug)
