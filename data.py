@@ -106,13 +106,15 @@ def on_all_cores(function, jobs: list, chunk: int = 1, workers: int | None = Non
 
 def start_worker() -> None:
     """Set this process up as a child: one thread, and an end when its parent ends, however that happens."""
-    def watch(parent: int) -> None:
-        while os.getppid() == parent:
+    above, parent = os.getppid(), multiprocessing.parent_process()  # a pool's: the one behind its server
+
+    def watch() -> None:
+        while os.getppid() == above and (parent is None or parent.is_alive()):
             time.sleep(1)
         os._exit(1)
 
     torch.set_num_threads(1)
-    threading.Thread(target=watch, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def say(text: str) -> None:
@@ -1387,7 +1389,7 @@ def shrink(sample: dict, size: tuple[int, int]) -> dict:
     for key in (key for key in small if TASKS[key].kind == "edge"):  # a line is one pixel wide
         small[key] = np.maximum.reduceat(np.maximum.reduceat(sample[key], rows, 0), columns, 1)
     image = Image.fromarray(sample["image"]).resize((wide, tall), Image.Resampling.BILINEAR)
-    return sample | small | {"image": np.asarray(image)}
+    return sample | small | {"image": np.array(image)}
 
 
 def distill_view(image: np.ndarray, size: tuple[int, int], rng: np.random.Generator) -> dict:

@@ -209,9 +209,10 @@ class DepthRMSE(Metric):
         self.sums["pixels"] += valid.sum()
 
     def compute(self) -> dict:
-        """Return `rmse` in metres and `delta1` in percent; nan without a valid pixel."""
+        """Return `rmse` in metres and, of distances, `delta1` in percent; nan without a valid pixel."""
         squares, close, pixels = (self.sums[name] for name in ("squares", "close", "pixels"))
-        return {"rmse": math.sqrt(ratio(squares, pixels)), "delta1": ratio(100 * close, pixels)}
+        rmse = {"rmse": math.sqrt(ratio(squares, pixels))}
+        return rmse | ({"delta1": ratio(100 * close, pixels)} if self.least == 0 else {})
 
 
 class BoundaryF(Metric):
@@ -1227,7 +1228,7 @@ def score_checkpoint(args: Args) -> None:
         raise ValueError(f"{args.ckpt} does not say what it was trained on; name it with --data")
     cfg, rt = prism.config_from(stored["config"], args.ckpt), train.start_runtime(args.device)
     options = {}
-    if source.partition(":")[0] in data.UNLABELLED:  # images of all sizes are cut to the student's
+    if source.partition(":")[0] in ("folder", *data.UNLABELLED):  # of all sizes: fit the student's
         options["size"] = tuple(n * cfg.patch for n in cfg.grid)
     dataset = train.first_rank_first(rt, lambda: data.open_data(source, args.split, **options))
     tasks, model = choose_tasks(args.tasks, cfg.tasks, dataset), prism.load(args.ckpt, rt.device)
@@ -1268,6 +1269,7 @@ def score_checkpoint(args: Args) -> None:
 
 def main(args: Args) -> None:
     """Do what the flags ask for."""
+    args.data = args.data and data.guess_spec(args.data)
     if args.predictions is not None:
         return score_files(args)
     if args.image is args.contest is None and not (args.cost or args.probe):

@@ -34,6 +34,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import numpy as np
 import pytest
@@ -949,7 +950,7 @@ def test_recipes_are_the_papers():
         assert recipe("deconstruct", kind, 4998).epochs == 30
     two = recipe("recompose", "nyud:/x", 795, epochs=2, image_size=(64, 96))
     assert two.steps == 132 and two.image_size == (64, 96)
-    with pytest.raises(ValueError, match="data tars:/x cannot be used to recompose.*world, folder, pascal, nyud"):
+    with pytest.raises(ValueError, match="data tars:/x cannot be used to recompose.*folder, pascal, nyud"):
         recipe("recompose", "tars:/x", 9)
 
 
@@ -2716,6 +2717,259 @@ def test_processes_write_the_same_world(tmp_path, monkeypatch):
     assert len(files) == 325 * 7 + 6
     for path in files:
         assert (one / path).read_bytes() == (many / path).read_bytes(), path
+
+
+# ---------------------------------------------------------------------------------------- own folders
+
+OWN = {"semseg": {"classes": ["sky", "grass", "dog"]},
+       "height": {"kind": "number", "unit": "cm", "scale": 0.5}}
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """Twelve photos of three sizes; semseg for all, other labels for some."""
+    monkeypatch.setattr(data, "TASKS", dict(data.TASKS))
+    root, rng = tmp_path / "own", np.random.default_rng(0)
+    for k in range(12):
+        size = [(30, 20), (90, 64), (45, 100)][k % 3]
+        write_array(root / f"images/{k:02}.{'png' if k % 2 else 'jpg'}", np.array(photo(k, size[::-1])))
+        ids = rng.integers(0, 3, (size[0] // 5, size[1] // 4)).astype(np.uint8).repeat(5, 0).repeat(4, 1)
+        write_array(root / f"semseg/{k:02}.png", np.where(ids == 1, 255, ids).astype(np.uint8))
+        if k % 2:
+            write_array(root / f"height/{k:02}.png", np.full(size, 100 + k, np.uint16))
+            write_array(root / f"sal/{k:02}.png", np.uint8(255) * (ids == 2))
+        if k == 4:
+            metres = np.full(size, 3.5, np.float32)
+            metres[:9] = np.nan
+            write_array(root / f"height/{k:02}.npy", metres)
+            write_array(root / f"edge/{k:02}.png", np.uint8(255) * (np.arange(size[1]) == 31).repeat(size[0])
+                        .reshape(size[::-1]).T)
+    (root / "dataset.json").write_text(json.dumps(OWN))
+    (root / "val.txt").write_text("04\n05\n00\n")
+    (root / "train.txt").write_text("".join(f"{k:02}\n" for k in range(12)))
+    return root
+
+
+def test_own_folder_is_read_as_it_is(own, capsys):
+    """Catches a missing label taken for a label, steps taken for units, black for a direction, mixed endings
+    passed over, counted classes of one split alone."""
+    dataset = data.open_data(f"folder:{own}", "train")
+    assert dataset.tasks == {"semseg": 3, "edge": 1, "sal": 2, "height": 1} and len(dataset) == 12
+    assert dataset.classes == {"semseg": ["sky", "grass", "dog"]} and data.TASKS["height"].unit == "cm"
+    four, five, out = dataset.read(4), dataset.read(5), dataset[4]
+    assert four["image"].shape == (90, 64, 3) and (five["height"] == 52.5).all()
+    assert np.isnan(four["height"][:9]).all() and (four["height"][9:] == 3.5).all()
+    assert (four["sal"] == 255).all() and (five["edge"] == 255).all() and (four["edge"][:, 31] == 1).all()
+    assert out["image"].shape == (3, 384, 384) and (out["height"] == 3.5).sum() == 81 * 64
+    assert (out["height"] != 255).sum() == 81 * 64 and (out["sal"] == 255).all()
+    (own / "dataset.json").unlink()
+    shutil.rmtree(own / "height")
+    colours = np.array([[[0, 0, 0], [255, 128, 128]]], np.uint8).repeat(20, 0).repeat(15, 1)
+    write_array(own / "normals/00.png", colours.repeat(1, 0)[:30].repeat(1, 1).transpose(1, 0, 2)[:30])
+    dataset = data.open_data(f"folder:{own}", "val")
+    assert dataset.tasks == {"semseg": 3, "normals": 3, "edge": 1, "sal": 2}
+    normals = dataset.read(2)["normals"]
+    assert not normals[:15].any() and np.abs(normals[15:] - [1, 0, 0]).max() < 0.005
+    assert "semseg has ids 0..2" in capsys.readouterr().out
+    for split in ("train", "val"):
+        (own / f"{split}.txt").unlink()
+    ids = [data.open_data(f"folder:{own}", split).ids for split in ("train", "val")]
+    assert sorted(ids[0] + ids[1]) == [f"{k:02}" for k in range(12)] and ids[0] and ids[1]
+    assert data.guess_spec(str(own)) == f"folder:{own}" and data.check(f"folder:{own}")
+    images = data.open_data(f"images:{own}", "train")
+    assert images.ids == sorted(path.name for path in (own / "images").iterdir())
+
+
+def test_large_samples_are_shrunk_whole():
+    """Catches labels moved against their image, lines lost, small images enlarged."""
+    y, x = np.mgrid[:120, :90]
+    sample = {"image": np.stack([2 * x, 2 * y, 0 * x], -1).astype(np.uint8), "name": "a",
+              "semseg": (x >= 45).astype(np.uint8), "edge": (x == 44).astype(np.uint8),
+              "depth": (1 + y / 120).astype(np.float32)}
+    small = data.shrink(sample, (40, 64))
+    assert small["image"].shape == (40, 30, 3) and small["semseg"].shape == (40, 30)
+    assert (small["semseg"] == (np.arange(30) >= 15)).all() and (small["edge"].sum(1) == 1).all()
+    assert np.abs(small["depth"][:, 0] - (1 + (np.arange(40) * 3) / 120)).max() < 1e-6
+    assert np.abs(small["image"][5:-5, 5:-5, 0] - 2.0 * (3 * np.arange(5, 25) + 1)).max() <= 2
+    assert data.shrink(sample, (120, 100)) is sample
+
+
+def test_own_folder_trains_and_is_scored_at_its_own_size(own, tmp_path, tiny, capsys):
+    """Catches a batch of mixed sizes that cannot be stacked, maps scored at the network's size, classes and
+    tasks that a checkpoint forgets, files of predictions of another size."""
+    out = tmp_path / "out"
+    stored = tiny_run(None, out, data=str(own), steps=3, image_size=(32, 48), save_every=3)
+    assert stored["config"]["tasks"] == {"semseg": 3, "edge": 1, "sal": 2, "height": 1}
+    assert stored["provenance"]["tasks"]["height"]["unit"] == "cm"
+    prism.save(prism.load(out / "prism.pt"), out / "copy.safetensors")
+    for name in ("prism.pt", "copy.safetensors"):
+        data.TASKS.pop("height", None)  # as in a new process
+        args = scoring.Args(ckpt=out / name, device="cpu", batch_size=2, save_predictions=tmp_path / name)
+        scoring.main(args)
+        found = json.loads((out / "results.json").read_text())
+        assert found["images"] == 3 and found["headline"]["height"] > 0
+        scoring.main(scoring.Args(predictions=tmp_path / name, data=str(own)))
+        again = json.loads((tmp_path / name / "results.json").read_text())["headline"]
+        assert again == pytest.approx(found["headline"], rel=0.02, abs=0.5)
+        assert np.asarray(Image.open(tmp_path / name / "semseg/00.png")).shape == (30, 20)
+    data.TASKS.pop("height", None)
+    scoring.main(scoring.Args(
+        ckpt=out / "prism.pt", image=(own / "images",), device="cpu", context="toy-dino",
+        save_predictions=tmp_path / "raw", save_features=tmp_path / "levels"))
+    assert np.load(tmp_path / "raw/height/02.npy").shape == (45, 100)
+    levels = np.load(tmp_path / "levels/02.npy")
+    assert levels.shape == (4, 24, 4, 9)  # 45 x 100 px, shrunk to 32 x 71, padded to 32 x 72
+    assert len(list(out.glob("*_tasks.png"))) == 12
+
+
+def test_a_missing_label_teaches_and_costs_nothing(own):
+    """Catches unknown pixels in a loss, or an image without a label in a score."""
+    dataset = data.open_data(f"folder:{own}", "train", size=(32, 32))
+    batch = {key: torch.stack([dataset[i][key] for i in (4, 5)]) for key in ("sal", "height")}
+    x = torch.randn(2, 2, 32, 32)
+    both, one = (train.task_term("mask", x[i], batch["sal"][i], batch["sal"][i])
+                 for i in (slice(0, 2), slice(1, 2)))
+    assert both == pytest.approx(one.item(), rel=1e-6)
+    metrics = {task: scoring.new_metric(task, dataset) for task in dataset.tasks}
+    for i in range(len(dataset)):
+        sample = dataset.read(i)
+        truth = {task: sample[task] for task in metrics}
+        truth["sal"], truth["height"] = truth["sal"] * 1.0 % 255, np.nan_to_num(truth["height"])
+        scoring.score(metrics, truth | {"edge": truth["edge"] * 1.0 % 255}, sample)
+    found = {task: metric.compute() for task, metric in metrics.items()}
+    assert found["sal"]["maxf"] == pytest.approx(100) and found["height"]["rmse"] == 0
+    assert found["semseg"]["per_class"] == pytest.approx([100, 0, 100])
+    assert len(metrics["edge"].sums["images"]) == 1 and metrics["sal"].sums["images"] == 6
+
+
+@pytest.mark.parametrize("path, content, message", [
+    ("semseg/04.png", np.full((90, 64), 3, np.uint8), "semseg/04.png holds 0? ?.*3, not 0 .. 2"),
+    ("semseg/04.png", np.zeros((9, 9), np.uint8), r"semseg/04.png has size .9, 9., its image .90, 64."),
+    ("sal/99.png", np.zeros((9, 9), np.uint8), "sal/99.png has no image of its name"),
+    ("images/04.png", np.zeros((90, 64, 3), np.uint8), "04.jpg and 04.png share a name"),
+    ("val.txt", "04\n77\n", r"images lacks 77 that val.txt names .1 in all."),
+    ("dataset.json", '{"age": {"unit": "a"}}', "age is no known task; name it by letters and _"),
+    ("dataset.json", '{"sal": {"kind": "number"}}', "sal is known as a task of kind mask"),
+    ("dataset.json", "{", "dataset.json cannot be decoded"),
+    ("dataset.json", '{"height": {"kind": "number"}}', "height/05.png holds steps of an unknown size"),
+    ("depth/x", "", "depth is empty; label images/<id>")])
+def test_what_is_wrong_with_an_own_folder_is_one_line(path, content, message, own):
+    """Catches labels used for another image, or silently passed over."""
+    (own / path).parent.mkdir(exist_ok=True)
+    write_array(own / path, content) if isinstance(content, np.ndarray) else (own / path).write_text(content)
+    with pytest.raises((ValueError, OSError), match=message) as caught:
+        dataset = data.open_data(f"folder:{own}", "val")
+        [dataset.read(i) for i in range(len(dataset))]
+    assert "\n" not in str(caught.value)
+
+
+def test_other_tasks_start_from_a_student_with_tasks(own, small_world, tmp_path, tiny):
+    """Catches heads lost or mixed up by their order, a trunk that is frozen in name alone, a size, student or
+    teachers that stage 2 does not take from what it starts from."""
+    settings = {"steps": 2, "stage": "deconstruct", "student": "sak", "projector": "linear"}
+    tiny_run(small_world, tmp_path, **settings)
+    first = tiny_run(small_world, tmp_path, steps=2, stage="recompose")  # in reverse order of tasks
+    assert first["config"]["student"] == "sak" and first["config"]["projector"] == "linear"
+    assert list(first["config"]["teachers"]) == list(teachers.TOYS)
+    for student in ("sak", "prism"):
+        base = first if student == "sak" else tiny_run(small_world, tmp_path / "p", steps=2)
+        source = str(tmp_path / ("prism.pt" if student == "sak" else "p/prism.pt"))
+        args = train.Args(out_dir=tmp_path / f"{student}2", data=f"folder:{own}", init=source, device="cpu",
+                          stage="recompose", image_size=(32,), batch_size=4, steps=2, freeze="trunk", lr=1e-2)
+        train.train(args)
+        tuned = prism.read_checkpoint(args.out_dir / "prism.pt")
+        assert tuned["config"]["tasks"] == {"semseg": 3, "edge": 1, "sal": 2, "height": 1}
+        assert tuned["provenance"]["teachers"] == base["provenance"]["teachers"]
+        moved = {k.split(".")[0] for k in differing(base["model"], tuned["model"]) if k in base["model"]}
+        assert moved <= {"heads", "mixers", "task_embed"}
+    blank = prism.build(prism.config_from(tuned["config"], ""))
+    origin, report = train.fill_student(blank, source, prism.read_checkpoint(source))
+    assert report.endswith("of the heads those of edge, sal")  # semseg has other classes
+    state = base["model"]
+    assert torch.equal(blank.heads["sal"].last.weight, state["heads.sal.last.weight"])
+    order = list(base["config"]["tasks"])
+    assert torch.equal(blank.task_embed[1], state["task_embed"][order.index("edge")])
+    assert torch.equal(blank.task_embed[0], state["task_embed"][order.index("semseg")])
+
+
+def test_passes_follow_free_memory(monkeypatch):
+    """Catches a batch that does not fit, unequal passes, a stage 2 whose batch norm they would change."""
+    rt, cfg = train.Runtime(0, 1, torch.device("cpu"), None), prism.SIZES["small"]
+    stage = train.ON_IMAGES
+    image = train.BYTES * 24 * 24 * 384 * 12
+    for room, passes in ((1e15, 1), (2 * image * 160, 1), (2 * image * 100, 2), (6 * image, 80), (1, 160)):
+        monkeypatch.setattr(train, "free_memory", lambda room=room: room)
+        assert train.choose_passes(stage, rt, cfg) == passes
+        assert train.choose_passes(train.ON_PASCAL, rt, cfg) == 1
+    monkeypatch.undo()
+    assert 2**20 < train.free_memory()
+
+
+def test_a_process_per_core_equals_one(small_world, tmp_path):
+    """Catches other losses, a second log or progress, children that stay, an error that is said twice."""
+    command = [sys.executable, "train.py", "--stage", "recompose", "--no-distill", "--student", "dense",
+               "--data", f"world:{small_world}", "--image-size", "32", "--batch-size", "4", "--steps", "2",
+               "--log-every", "1", "--device", "cpu"]
+    said = []
+    for n in ("1", "2"):
+        done = subprocess.run([*command, "--processes", n, "--out-dir", tmp_path / n], capture_output=True,
+                              text=True, cwd=Path(__file__).parent)
+        assert done.returncode == 0, done.stderr
+        said.append([x.split(" | ")[0] for x in done.stdout.splitlines() if x.startswith("recompose ")])
+    assert said[0] == said[1] and len(said[0]) == 2
+    rows = [log_rows(tmp_path / n) for n in ("1", "2")]
+    assert [row["loss"] for row in rows[0]] == pytest.approx([row["loss"] for row in rows[1]], rel=1e-5)
+    wrong = subprocess.run([*command, "--processes", "2", "--out-dir", tmp_path / "2", "--seed", "3"],
+                           capture_output=True, text=True, cwd=Path(__file__).parent)
+    assert wrong.returncode == 1 and wrong.stderr.count("cannot go on from") == 1
+
+
+def test_children_end_with_their_parent():
+    """Catches workers that outlive a process that was killed."""
+    code = ("import data, time\njobs = data.on_all_cores(time.sleep, [0.1, 60, 60], workers=3)\n"
+            "next(jobs)\nprint('begun', flush=True)\nnext(jobs)")
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent, text=True,
+                              stdout=subprocess.PIPE)
+    assert parent.stdout.readline() == "begun\n"
+    tree = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True).stdout.split()[2:]
+    parents = dict(zip(map(int, tree[::2]), map(int, tree[1::2]), strict=True))
+    family = {parent.pid}
+    for _ in range(4):
+        family |= {pid for pid, above in parents.items() if above in family}
+    children = family - {parent.pid}
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and any(Path(f"/proc/{pid}").exists() for pid in children):
+        time.sleep(0.2)
+    assert len(children) >= 3 and not any(Path(f"/proc/{pid}").exists() for pid in children)
+
+
+def test_a_reader_that_leaves_ends_a_script_in_one_line():
+    """Catches Python's own complaint after the last line, and a terminal's codes from somebody's file."""
+    code = ("import data\ndef run():\n    for k in range(10**6): print(k)\n"
+            "data.exit_with_one_line(run, False)")
+    done = subprocess.run(f"{sys.executable} -c '{code}' | head -1", shell=True, capture_output=True,
+                          text=True, cwd=Path(__file__).parent)
+    assert done.stdout == "0\n" and done.stderr == "nobody reads what this prints any more: stopped\n"
+
+    def fail():
+        raise ValueError("a\x1b[31mb\nc")
+
+    with pytest.raises(SystemExit, match=re.escape("ValueError: a?[31mb?c")):
+        data.exit_with_one_line(fail, False)
+
+
+def test_files_that_are_not_what_they_say(small_world, tmp_path, tiny):
+    """Catches a link to nothing taken for no checkpoint, a file that unpacks to a thousand times its size."""
+    (tmp_path / "deconstruct.pt").symlink_to(tmp_path / "gone.pt")
+    with pytest.raises(FileNotFoundError, match="deconstruct.pt is a link to .*gone.pt, which is gone"):
+        tiny_run(small_world, tmp_path)
+    assert not (tmp_path / "gone.pt").exists()
+    with ZipFile(tmp_path / "bomb.pt", "w", ZIP_DEFLATED) as file:
+        file.writestr("archive/data.pkl", bytes(2**24))
+    with pytest.raises(ValueError, match="would unpack to more than twice its size"):
+        prism.read_checkpoint(tmp_path / "bomb.pt")
 
 
 # ----------------------------------------------------------------------------- boundaries, transforms, loader

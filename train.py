@@ -582,11 +582,13 @@ class Log:
         if self.rt.rank == 0:
             with open(self.path, "a") as file:  # by name each time: whoever rotates logs may take it away
                 file.write(json.dumps(row) + "\n")
-        shown = {k: v for k, v in values.items() if not k.startswith(("load/", "dead/"))}
-        return (f"{self.stage} {step}/{self.steps}  "
-                + " ".join(f"{k.removeprefix('distill/')} {v:.3f}" for k, v in shown.items())
-                + f" | lr {lr:.1e} {row['images_per_s']:.0f} images/s {row['ms']:.0f} ms "
-                f"{row['memory_gib']:.1f} GiB {row['seconds_left'] / 60:.1f} min left")
+        tail = f" | {row['images_per_s']:.0f} images/s {row['seconds_left'] / 60:.1f} min left"
+        line = f"{self.stage} {step}/{self.steps}  loss {values['loss']:.3f}"
+        for k, v in values.items():  # as many as fit; the file has all
+            word = f" {k.removeprefix('distill/')} {v:.3f}"
+            if k not in ("loss", "grad_norm") and not k.startswith(("load/", "dead/", "lambda/")):
+                line += word if len(line + word + tail) <= 110 else ""
+        return line + tail
 
 
 def routing_values(routes: list[prism.Route], blocks: tuple[int, ...]) -> dict[str, Tensor]:
