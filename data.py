@@ -1069,6 +1069,8 @@ class OwnFolder(LabelFolder):
     def list_ids(self) -> list[str]:
         known = files_by_id(self.root / "images")
         self.files = {"image": known, "labelmap": files_by_id(self.root / "labelmap")}
+        if not known:
+            raise FileNotFoundError(f"{self.root}/images holds no images; put them there as <id>.jpg or .png")
         if any((self.root / f"{split}.txt").exists() for split in ("train", self.split)):
             ids = super().list_ids()
             if strays := [name for name in ids if name not in known]:

@@ -634,6 +634,33 @@ def evaluate(model, dataset, device, batch_size: int, tasks: Sequence[str], rank
     return {task: metric.compute() for task, metric in metrics.items()}
 
 
+class Floor(nn.Module):
+    """Predicts the same for every image, the best that can be said without looking at it.
+
+    At each pixel the class that is commonest there in the training labels, or their mean.
+    """
+
+    def __init__(self, dataset, device):
+        super().__init__()
+        self.maps, counts = {}, {}
+        for i in data.track(range(len(dataset)), "floor", len(dataset)):
+            for task, y in ((task, dataset[i][task]) for task in dataset.tasks):
+                y = y[None] if y.ndim == 2 else y  # (C, H, W)
+                known = y != data.IGNORE
+                if data.TASKS[task].kind in ("classes", "mask"):
+                    y = F.one_hot(y[0] * known[0], dataset.tasks[task]).permute(2, 0, 1)
+                self.maps[task] = self.maps.get(task, 0) + (y * known).double()
+                counts[task] = counts.get(task, 0) + known.double()
+        raw = {"edge": lambda p: p.clamp(1e-4).logit(), "mask": lambda p: p.clamp(1e-4).log()}
+        for task, total in self.maps.items():
+            mean = total / counts[task].clamp(min=1)
+            self.maps[task] = raw.get(data.TASKS[task].kind, lambda p: p)(mean).float().to(device)
+
+    def predict(self, images: Tensor, tasks: Sequence[str]) -> dict[str, Tensor]:
+        """Return {task: (B, C, H, W)}, as a student does."""
+        return {task: self.maps[task].expand(len(images), -1, -1, -1) for task in tasks}
+
+
 # ---------------------------------------------------------------------------------------------- probes
 
 
@@ -1019,27 +1046,23 @@ def draw_predictions(model, dataset, device, tasks: Sequence[str], scenes: int =
     return data.sheet(columns, rows, 128, {t: dataset.classes[t] for t in tasks if t in dataset.classes})
 
 
-def draw_routing(blocks: list[dict]) -> Image.Image:
-    """Draw per MoE block the shares of teacher x expert and task x expert, in percent."""
-    rows = [(f"block {b['block']}   lambda {b['lambda']:.3f}   NMI {b['nmi_' + kind]:.3f}", b[kind])
-            for b in blocks for kind in ("teachers", "tasks") if b[kind]]
-    largest = max(share for _, table in rows for shares in table.values() for share in shares)
-    experts, wide, high, left = len(next(iter(rows[0][1].values()))), 42, 24, 130
-    tall = high * sum(2 + len(table) for _, table in rows)
-    canvas = Image.new("RGB", (left + wide * experts, tall), "white")
-    pen, y, deep = ImageDraw.Draw(canvas), 0, (24, 78, 140)  # of the largest share
-    for title, table in rows:
-        data.write(pen, 12, y + 0.7 * high, title)
-        for r, (name, shares) in enumerate(table.items(), 1):
-            data.write(pen, left - 8, y + (r + 0.5) * high, name, anchor="rm")
-            for e, share in enumerate(shares):
-                x, strength = left + e * wide, share / largest
-                colour = tuple(round(248 + strength * (c - 248)) for c in deep)
-                pen.rectangle((x, y + r * high, x + wide - 2, y + (r + 1) * high - 2), colour)
-                data.write(pen, x + wide / 2, y + (r + 0.5) * high, f"{100 * share:.0f}",
-                           "white" if strength > 0.5 else data.INK, "mm")
-        y += (len(table) + 2) * high
-    return canvas
+def draw_losses(rows: list[dict], side: int = 480) -> Image.Image:
+    """Draw every term of log.jsonl over the steps, as a share of the largest value that it had."""
+    cells = {}
+    for stage in dict.fromkeys(row["stage"] for row in rows):
+        own = [row for row in rows if row["stage"] == stage]
+        names = [k for k in own[0] if k.startswith("distill/") or k in ("loss", "decorr", *data.TASKS)]
+        canvas = Image.new("RGB", (side, side), "white")
+        pen = ImageDraw.Draw(canvas)
+        for k, name in enumerate(names):
+            colour = ImageColor.getrgb(f"hsv({360 * k // len(names)},85%,75%)")
+            across, up = side * 0.68 / own[-1]["step"], (side - 8) / (max(row[name] for row in own) or 1)
+            pen.line([(row["step"] * across, side - 4 - row[name] * up) for row in own], colour, 2)
+            text = f"{name.removeprefix('distill/')} {own[-1][name]:.3f}"
+            data.write(pen, side * 0.7, 12 + 20 * k, text, colour)
+        cells[f"{stage}, {own[-1]['step']} steps"] = np.asarray(canvas)
+    rows = [("lines go from 0 to their largest value; the number is the last value", list(cells.values()))]
+    return data.sheet(list(cells), rows, side)
 
 
 def draw_experts(model, images: Tensor, best: Tensor) -> Image.Image:
@@ -1143,6 +1166,7 @@ class Args:
     save_features: Path | None = None  # of --image: folder for its 4 levels, npy (4, D, h, w)
     context: str | None = None  # of --save-features: teacher or task (default: the first teacher)
     predictions: Path | None = None  # score the files of this folder, without a checkpoint
+    floor: bool = True  # also score what needs no image: commonest class, mean of the training labels
     analysis: int = 0  # on so many images also: how well the student imitates its teachers
     probe: bool = False  # instead: linear probes of the toy teachers, and of the checkpoint's features
     cost: bool = False  # instead: parameters, multiply-adds and latency, beside a dense ViT
@@ -1187,10 +1211,12 @@ def as_json(results: dict) -> str:
     return json.dumps(json.loads(text, parse_constant=lambda name: None), indent=1)  # JSON knows no nan
 
 
-def report(args: Args, dataset, metrics: dict[str, dict], protocol: str, file: Path) -> dict:
-    """Write, print and return the numbers, and Delta_m if there is a reference."""
+def report(args: Args, dataset, metrics: dict[str, dict], protocol: str, file: Path,
+           floors: dict[str, float] | None = None) -> dict:
+    """Write, print and return the numbers beside what needs no image, and Delta_m if there is a reference."""
     results = {"split": args.split, "images": len(dataset), "classes": dataset.classes, "protocol": protocol,
-               "headline": {task: headline(task, metrics[task]) for task in metrics}, "metrics": metrics}
+               "headline": {task: headline(task, metrics[task]) for task in metrics}, "floor": floors or {},
+               "metrics": metrics}
     if args.reference:
         reference = json.loads(args.reference.read_text())
         reference = reference.get("headline", reference)
@@ -1198,7 +1224,8 @@ def report(args: Args, dataset, metrics: dict[str, dict], protocol: str, file: P
     write_files(file.parent, {file.name: as_json(results)})  # first: whoever reads may be gone
     if metrics:
         prism.show(f"{args.split}, boundaries: {protocol}", {
-            f"{task} {k}": {"value": v, "headline": "*" * (k == data.TASKS[task].metric)}
+            f"{task} {k}": {"value": v} | ({"floor": (floors or {}).get(task, ""), "headline": "*"}
+                                           if k == data.TASKS[task].metric else {})
             for task, numbers in metrics.items() for k, v in numbers.items() if isinstance(v, float)})
     if args.reference:
         print(f"Delta_m {results['delta_m']:+.2f} % over {args.reference} ({', '.join(reference)})")
@@ -1240,15 +1267,19 @@ def score_checkpoint(args: Args) -> None:
     if rt.rank:
         return
     suffix, out_dir = "" if tasks else "_stage1", args.out_dir or args.ckpt.parent
+    floors = {}
+    if tasks and args.floor:
+        training = data.open_data(source, "train", train=False, **options)
+        found = evaluate(Floor(training, rt.device), dataset, rt.device, 32, tasks, protocol=protocol)
+        floors = {task: headline(task, value) for task, value in found.items()}
     results = {"checkpoint": args.ckpt.name, "step": stored.get("step"), "seed": stored.get("seed"), "data":
-               source, **report(args, dataset, metrics, protocol, out_dir / f"results{suffix}.json")}
+               source, **report(args, dataset, metrics, protocol, out_dir / f"results{suffix}.json", floors)}
     images = first_images(dataset, 128).to(rt.device)
     results["routing"], best = routing(model, images, args.batch_size)
     pictures = {"predictions": draw_predictions(model, dataset, rt.device, tasks)} if tasks else {}
     if best is not None:
         prism.show("MoE block", {str(b["block"]): {k: b[k] for k in ("lambda", "nmi_teachers", "nmi_tasks")}
                            for b in results["routing"]})
-        pictures["routing"] = draw_routing(results["routing"])
         pictures["experts"] = draw_experts(model, images[:3], best[:, :, :3])
     if args.analysis or not tasks:
         members, images = load_members(stored, rt.device), images[: args.analysis or 64]
@@ -1258,6 +1289,9 @@ def score_checkpoint(args: Args) -> None:
             pictures["imitation"] = draw_imitation(model, members, images[:3])
     print_published(source.partition(":")[0], protocol, results["headline"],
                     {384: "ViT-S", 768: "ViT-B", 1024: "ViT-L"}.get(cfg.dim, f"width {cfg.dim}"))
+    log = args.ckpt.parent / "log.jsonl"
+    if log.exists():
+        pictures["losses"] = draw_losses([json.loads(line) for line in log.read_text().splitlines()])
     files = {f"results{suffix}.json": as_json(results)}
     files |= {f"{name}{suffix}.png": picture for name, picture in pictures.items()}
     write_files(out_dir, files)

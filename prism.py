@@ -413,6 +413,8 @@ class Student(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """Turn RGB in [0, 1] (B, 3, H, W) into tokens (B, N, D)."""
         patch, sides = self.cfg.patch, images.shape[-2:]
+        if not (self.training or torch.compiler.is_compiling()) and images.amax() > 2:
+            raise ValueError("images are 0..255; pass images / 255: RGB floats in [0, 1]")
         for side in (side for side in sides if side % patch):
             low = side // patch * patch
             raise ValueError(f"image side {side} is not a multiple of the patch size {patch}; "

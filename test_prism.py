@@ -4013,14 +4013,14 @@ def results_of(folder, name="results.json"):
 
 
 SHEET = {  # pictures -> width in pixels, where that is known
-    "predictions": 13 * 132, "routing": 130 + 42 * 4, "experts": 3 * 4 * 112, "imitation": 9 * 116,
+    "predictions": 13 * 132, "experts": 3 * 4 * 112, "imitation": 9 * 116,
 }
 
 
 @pytest.mark.parametrize("ckpt, flags, pictures", [
-    ("prism", {}, ["predictions", "routing", "experts"]),
-    ("prism", {"analysis": 4}, ["predictions", "routing", "experts"]),  # it does not say what taught it
-    ("deconstruct", {}, ["routing", "experts", "imitation"]),
+    ("prism", {}, ["predictions", "experts"]),
+    ("prism", {"analysis": 4}, ["predictions", "experts"]),  # it does not say what taught it
+    ("deconstruct", {}, ["experts", "imitation"]),
     ("dense", {}, ["predictions"]),
     ("dense", {"analysis": 4}, ["predictions", "imitation"]),
 ])
@@ -4131,7 +4131,7 @@ def test_contest_trains_scores_and_names_what_failed(folder, tmp_path, capsys, m
 def test_user_errors_are_one_line_and_leave_files_alone(folder, capsys, monkeypatch):
     """Catches a traceback for a typing error, and results of an earlier run that a failed one overwrote in
     part."""
-    for name in ("results.json", "predictions.png", "routing.png", "plain_file"):
+    for name in ("results.json", "predictions.png", "plain_file"):
         (folder / name).write_text("earlier")
     (folder / "sal.json").write_text('{"sal": 80}')
     cases = {
@@ -4159,7 +4159,7 @@ def test_user_errors_are_one_line_and_leave_files_alone(folder, capsys, monkeypa
     for changes in ({"cost": True}, {"contest": ("prism",)}, {"image": (folder,)}):
         code, out, err = run(capsys, monkeypatch, folder, **changes)
         assert code == 1 and out == "" and "use python instead of torchrun" in err
-    for name in ("predictions.png", "routing.png"):
+    for name in ("predictions.png", "experts.png"):
         assert (folder / name).read_text() == "earlier"
     assert results_of(folder)["images"] == 5  # written before anything is drawn
 

@@ -584,8 +584,8 @@ class Log:
                 file.write(json.dumps(row) + "\n")
         tail = f" | {row['images_per_s']:.0f} images/s {row['seconds_left'] / 60:.1f} min left"
         line = f"{self.stage} {step}/{self.steps}  loss {values['loss']:.3f}"
-        for k, v in values.items():  # as many as fit; the file has all
-            word = f" {k.removeprefix('distill/')} {v:.3f}"
+        for k in sorted(values, key=lambda k: k not in data.TASKS):  # as many as fit; the file has all
+            word = f" {k.removeprefix('distill/')} {values[k]:.2f}"
             if k not in ("loss", "grad_norm") and not k.startswith(("load/", "dead/", "lambda/")):
                 line += word if len(line + word + tail) <= 110 else ""
         return line + tail
