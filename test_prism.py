@@ -2822,6 +2822,29 @@ def test_own_folder_trains_and_is_scored_at_its_own_size(own, tmp_path, tiny, ca
     assert len(list(out.glob("*_tasks.png"))) == 12
 
 
+def test_readme_s_own_code_runs(tmp_path, monkeypatch):
+    """Catches an example that no longer works or gives other sizes, a student that cannot be exported."""
+    monkeypatch.chdir(tmp_path)
+    names = dict.fromkeys(teachers.TOYS, 16)
+    model = student(teachers=names, recompose="views", projector="linear")
+    prism.save(model, "prism.pt")
+    photo(3, (150, 70)).save("photo.jpg")
+    code = Path(data.__file__).with_name("README.md").read_text().split("```python\n")[1].split("```")[0]
+    found = {}
+    exec(code.replace("out/", ""), found)
+    assert found["maps"]["semseg"].shape == (70, 150) and found["image"].shape == (1, 3, 64, 144)
+    assert found["levels"][0].shape == (1, 24, 8, 18) and found["taught"][3].shape == (1, 16, 8, 18)
+    with pytest.raises(ValueError, match="images are 0..255; pass images / 255"):
+        model.predict(found["image"].mul(255).byte())
+
+    class Predict(torch.nn.Module):
+        def forward(self, x):
+            return model.predict(x)
+
+    exported = torch.export.export(Predict().eval(), (found["image"],)).module()(found["image"])
+    torch.testing.assert_close(exported, model.predict(found["image"]), atol=1e-4, rtol=1e-4)
+
+
 def test_a_missing_label_teaches_and_costs_nothing(own):
     """Catches unknown pixels in a loss, or an image without a label in a score."""
     dataset = data.open_data(f"folder:{own}", "train", size=(32, 32))
