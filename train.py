@@ -699,7 +699,7 @@ def choose_passes(stage: Stage, rt: Runtime, cfg: prism.PrismConfig) -> int:
 
 
 def begin(args: Args, rt: Runtime, name: str, taught: teachers.Teachers):
-    """Return recipe, data set, filled student, what the run is, checkpoint to go on from, passes a step."""
+    """Return recipe, data set, filled student, what the run is, and the checkpoint to go on from, if any."""
     stage = choose_recipe(args, name)
     dataset = data.open_data(args.data, "train", size=stage.image_size, seed=args.seed, view=stage.view)
     stage, path = choose_recipe(args, name, len(dataset)), args.out_dir / stage.checkpoint
@@ -738,23 +738,21 @@ def begin(args: Args, rt: Runtime, name: str, taught: teachers.Teachers):
         check_same_run(path, stored, facts)
         prism.load_strict(student, stored["model"], path)
         report = f"resumed {path} at step {stored['step']}"
-    passes = args.accumulate or choose_passes(stage, rt, student.cfg)
     if rt.rank == 0:
         total, active = (n / 1e6 for n in prism.count_parameters(student))
         print(f"\n{name}: {stage.steps} steps x {stage.batch_size} images of {len(dataset)} = "
-              f"{stage.epochs:.1f} epochs at {height} x {width} px; {rt.world_size} processes x "
-              f"{passes} passes\n"
+              f"{stage.epochs:.1f} epochs at {height} x {width} px; {rt.world_size} processes\n"
               f"  student {args.student} {args.size}: {total:.2f} M parameters, {active:.2f} M per token; "
               f"contexts {' '.join(student.contexts)}\n  {rt.device}, {rt.amp or torch.float32}, lr "
               f"{stage.lr:g} {stage.decay}, weight decay {stage.weight_decay:g}; {report}", flush=True)
         if stage.steps < 500 and args.steps is None and not args.data.startswith("world"):
             print(f"  {stage.steps} updates are few: raise --epochs, or train heads alone: --freeze trunk")
-    return stage, dataset, student, facts, stored, passes
+    return stage, dataset, student, facts, stored
 
 
 def train_stage(args: Args, rt: Runtime, name: str, taught: teachers.Teachers) -> int:
     """Train one stage from its last checkpoint to its end; returns the signal that ended it before, or 0."""
-    stage, dataset, student, facts, stored, passes = first_rank_first(  # what is wrong is said once
+    stage, dataset, student, facts, stored = first_rank_first(  # what is wrong is said once
         rt, lambda: begin(args, rt, name, taught))
     path, cfg, start = args.out_dir / stage.checkpoint, student.cfg, stored["step"] if stored else 0
     if start == stage.steps:
@@ -774,6 +772,9 @@ def train_stage(args: Args, rt: Runtime, name: str, taught: teachers.Teachers) -
     if workers is None:  # the rendered world lies in memory: on a CPU, workers would only take cores
         workers = min(16, data.core_count() // rt.world_size) if rt.device.type == "cuda" else 0
     B = stage.batch_size // rt.world_size
+    passes = args.accumulate or global_max(choose_passes(stage, rt, cfg))
+    if passes > 1 and rt.rank == 0:
+        print(f"  {passes} passes per step")
     batches = data.batches(dataset, B, stage.steps, start, args.seed, rt.rank, rt.world_size, workers)
     log = Log(args.out_dir / "log.jsonl", rt, name, stage.steps, start)
     with noted_signals() as received:
