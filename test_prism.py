@@ -86,7 +86,8 @@ def value_and_gradients(y, inputs) -> list[torch.Tensor]:
 @pytest.mark.parametrize("official", [False, True])
 @pytest.mark.parametrize("chosen, T", [([0, 1, 2, 3, 4, 5], 57), ([1, 4], 31), ([3], 20), ([0, 2, 5], 3)])
 def test_dispatch_equals_plain(chosen, T, official, kernel, monkeypatch):
-    """Catches rows at a wrong expert or weight, lost gradients, a kernel at odds with the loop."""
+    """Catches rows at a wrong expert or weight, lost gradients, a kernel at odds with the loop; another
+    answer, or the hidden layer kept, where nothing learns."""
     torch.manual_seed(1)
     E, K, D, dtype = 6, min(2, len(chosen)), 12, torch.float32 if kernel else torch.float64
     monkeypatch.setattr(prism, "grouped", lambda x: kernel)
@@ -99,13 +100,19 @@ def test_dispatch_equals_plain(chosen, T, official, kernel, monkeypatch):
     plain, fast = (value_and_gradients(run(x, topk_idx, topk_w), inputs) for run in (experts.plain, experts))
     close = {"rtol": 1e-4, "atol": 1e-5} if kernel else {"rtol": 1e-12, "atol": 1e-12}
     torch.testing.assert_close(fast, plain, **close)
+    kept, run = [], prism.expert_mlps
+    monkeypatch.setattr(prism, "expert_mlps", lambda *args: kept.append(run(*args)) or kept[-1])
+    with torch.no_grad():
+        torch.testing.assert_close(experts(x, topk_idx, topk_w), plain[0], **close)
+    assert [z.shape for _, z in kept] == [(0, 4 * D)]
     unused = sorted(set(range(E)) - set(topk_idx.flatten().tolist()))
     assert fast[3][unused].abs().sum() == 0  # an empty expert gets a zero gradient, not none
 
 
 @pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_compiled_block_equals_eager_without_a_graph_break(dtype, close):
-    """Catches a graph break, and torch.compile losing a custom operator's gradient (seen in torch 2.11)."""
+    """Catches a graph break, and torch.compile losing a custom operator's gradient (seen in torch 2.11);
+    with and without gradients."""
     block, x, context = student().blocks[1], torch.randn(2, 17, 24), torch.randn(6, 24)
     results, inputs = [], [x.requires_grad_(), context.requires_grad_()]
     inputs += [p for name, p in block.named_parameters() if "noise" not in name]
@@ -113,6 +120,8 @@ def test_compiled_block_equals_eager_without_a_graph_break(dtype, close):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             y, route = run(x, context)
         results.append(value_and_gradients(torch.cat([y.float().flatten(), route.prob]), inputs))
+        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            results[-1].append(run(x, context)[0].float())
     for eager, compiled in zip(*results, strict=True):
         assert eager.norm() > 0 and (compiled - eager).norm() < close * eager.norm()
 
