@@ -454,7 +454,8 @@ class Student(nn.Module):
 
     def compile_parts(self) -> None:
         """Compile every block and head by itself: short compile times, and DDP can send the gradients of
-        one block while the next is computed."""
+        one block while the next is computed. Every size of image compiles anew."""
+        torch._dynamo.config.recompile_limit = 64  # 8 are used up by the third size, and then it raises
         for block in self.blocks:
             block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
         for head in self.heads.values():

@@ -126,6 +126,17 @@ def test_compiled_block_equals_eager_without_a_graph_break(dtype, close):
         assert eager.norm() > 0 and (compiled - eager).norm() < close * eager.norm()
 
 
+def test_compiled_student_sees_many_sizes(monkeypatch):
+    """Catches torch.compile giving up at the ninth image size, by an error where graphs must be whole."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # and back to what it was
+    model, images = student(depth=4, moe_blocks=(0, 1, 2, 3), tasks={}), torch.rand(1, 3, 8, 96)
+    before = {side: model.features(images[..., :side], "clip")[3] for side in range(16, 96, 8)}
+    model.compile_parts()
+    for side, level in before.items():
+        torch.testing.assert_close(model.features(images[..., :side], "clip")[3], level)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_block_never_asks_the_device(autocast):
     """Catches a step that needs a number from the device, for which a GPU waits: fake tensors have none."""
