@@ -3314,7 +3314,7 @@ def tilted(angles):
 
 def test_normals_by_hand():
     """Catches an acos whose rounding turns small angles into 0, a median off by half a bin, channels mixed
-    with rows."""
+    with rows; other angles than the two chords of the unit sphere give; no direction at 0 degrees."""
     assert score("normals", *tilted([1e-5]))["mean"] == pytest.approx(1e-5, rel=1e-6)
     got = score("normals", *tilted([1e-5, 20, 90, 180, 40]))
     assert got["mean"] == pytest.approx(66, abs=1e-5) and got["median"] == pytest.approx(40, abs=0.01)
@@ -3325,6 +3325,11 @@ def test_normals_by_hand():
     p, t = sample("normals")
     first = [np.moveaxis(x, -1, 1) for x in (3 * p, t)]
     same_numbers(score("normals", p, t), score("normals", *first), rtol=1e-6)
+    known = (t != 255).all(-1) & t.any(-1)
+    p, t = (x[known] / np.linalg.norm(x[known], axis=-1, keepdims=True) for x in np.float64([p, t]))
+    chords = 2 * np.degrees(np.arctan2(np.linalg.norm(p - t, axis=1), np.linalg.norm(p + t, axis=1)))
+    assert score("normals", p[None], t[None])["mean"] == pytest.approx(chords.mean(), abs=1e-9)
+    assert score("normals", 0 * UP[None, None], UP[None, None])["mean"] == 90
 
 
 def test_seg2bmap_equals_loops():
