@@ -2963,7 +2963,8 @@ def test_loader_is_a_function_of_seed_and_step(small_world):
 
 
 def test_views_and_splits(small_world):
-    """Catches random views of the test split, labels read for distillation, a view that is never random."""
+    """Catches random views of the test split, labels read for distillation, a view that is never random;
+    pixels that the loader divides to other values than `to_tensors` does."""
     def split(name, **options):
         return data.open_data(f"world:{small_world}", name, **options)
 
@@ -2973,8 +2974,14 @@ def test_views_and_splits(small_world):
                        (train[1], split("train", train=False)[place])):
         assert same_batches(one, other)
     assert not any(same_batches(train[place], train[other]) for other in ((1, 6, 0), (1, 5, 1)))
-    distilled = split("train", view="distill", size=(24, 32))[place]
+    dataset = split("train", view="distill", size=(24, 32))
+    distilled, rng = dataset[place], np.random.default_rng((0, *place[1:]))
+    view = data.to_tensors(data.distill_view(dataset.read(1)["image"], (24, 32), rng), (24, 32))["image"]
     assert set(distilled) == {"image", "name"} and distilled["image"].shape == (3, 24, 32)
+    assert distilled["image"].dtype == torch.uint8 and torch.equal(distilled["image"] / 255, view)
+    (keys,), (batch,) = data.sample_order(12, 6, range(1), 0, 0, 1), data.batches(dataset, 6, 1)
+    assert torch.equal(batch["image"], torch.stack([dataset[key]["image"] for key in keys]) / 255)
+    assert dataset[1]["image"].dtype == torch.float32
 
 
 # ---------------------------------------------------------------------------- images without labels, pictures
@@ -3031,8 +3038,8 @@ def test_odd_images(tmp_path):
         image, truth = dataset.read(i)["image"], np.asarray(cases[name][1].convert("RGB")).astype(int)
         assert image.dtype == np.uint8 and image.shape == truth.shape, name
         assert abs(image - truth).max() <= (4 if name.endswith("jpg") else 0), name
-        for view in dataset[i], dataset[(i, 0, 0)]:
-            assert view["image"].shape == (3, 24, 16) and 0 <= view["image"].min() <= view["image"].max() <= 1
+        for image in dataset[i]["image"], dataset[(i, 0, 0)]["image"] / 255:
+            assert image.shape == (3, 24, 16) and 0 <= image.min() <= image.max() <= 1
     photo(1, (60, 50)).resize((1600, 1200)).save(tmp_path / "rgba.png", "jpeg", quality=95)
     image = dataset.read(dataset.ids.index("rgba.png"))["image"]  # 24 / sqrt(0.08) = 85 is enough
     truth = np.asarray(photo(1, (60, 50)).resize((200, 150))).astype(int)
