@@ -946,8 +946,8 @@ def find_files(root: Path, kind: str) -> dict[str, str]:
 class Samples(Dataset):
     """Indexing shared by all data sets.
 
-    dataset[i]: sample i whole, padded to `size`. dataset[(i, step, slot)], what the loader asks
-    for: if `train`, a random view that depends on (seed, step, slot) alone; else as dataset[i].
+    dataset[i]: sample i whole, padded to `size`. dataset[(i, step, slot)], what the loader asks for: if
+    `train`, a random view of (seed, step, slot) alone, uint8 where it is distill's; else as dataset[i].
     """
 
     boundary_protocol, scales = "sak", (0.5, 2.0)  # a key of eval.py's THRESHOLDS; of the multitask view
@@ -970,8 +970,10 @@ class Samples(Dataset):
         sample = self.fetch(i, place)
         if place and self.train:
             rng = np.random.default_rng((self.seed, *place))
-            sample |= (distill_view(sample["image"], self.size, rng) if self.view == "distill" else
-                       multitask_view(shrink(sample, self.size), self.size, rng, self.scales))
+            if self.view == "distill":  # no padding, so bytes will do until they are on the device
+                pixels = distill_view(sample["image"], self.size, rng)["image"].transpose(2, 0, 1)
+                return {"image": torch.from_numpy(pixels.copy()), "name": sample["name"]}
+            sample |= multitask_view(shrink(sample, self.size), self.size, rng, self.scales)
         return {**to_tensors(shrink(sample, self.size), self.size), "name": sample["name"]}
 
     def fetch(self, i: int, place: Sequence[int]) -> dict:
@@ -1179,9 +1181,8 @@ def open_data(spec: str, split: str, **options) -> Samples:
 
 
 # -------------------------------------------------------------------------------------- images without labels
-# For stage 1, by the million. One that cannot be read is named and replaced.
 
-UNLABELLED = ("images", "imagenet", "tars")  # kinds of `open_data`
+UNLABELLED = ("images", "imagenet", "tars")  # kinds of `open_data`, for stage 1, by the million
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 TRIES = 10  # unreadable images in a row for one sample
 
@@ -1316,11 +1317,9 @@ def choose_crop(semseg: np.ndarray | None, row_of: np.ndarray, column_of: np.nda
     Returns the crop's rows and columns of the resized image, all of them where it is too small.
     """
     for _ in range(11):
-        rows, columns = (
-            np.arange(length)[start : start + side]
-            for length, side in zip((len(row_of), len(column_of)), size, strict=True)
-            for start in [rng.integers(max(length - side, 0) + 1)]
-        )
+        rows, columns = (np.arange(length)[start : start + side]
+                         for length, side in zip((len(row_of), len(column_of)), size, strict=True)
+                         for start in [rng.integers(max(length - side, 0) + 1)])
         if semseg is None:
             break
         crop = semseg.take(row_of[rows], 0).take(column_of[columns], 1)
@@ -1419,8 +1418,7 @@ def pad(array: np.ndarray, size: tuple[int, int], fill: float | tuple) -> np.nda
     h, w = array.shape[:2]
     tall, wide = max(h, size[0]), max(w, size[1])
     top, left = (tall - h) // 2, (wide - w) // 2
-    padded = np.empty((tall, wide, *array.shape[2:]), array.dtype)
-    padded[:] = fill
+    padded = np.full((tall, wide, *array.shape[2:]), fill, array.dtype)
     padded[top : top + h, left : left + w] = array
     return padded
 
@@ -1470,8 +1468,8 @@ def sample_order(length: int, batch_size: int, steps: range, seed: int, rank: in
 
 
 def batches(dataset: Samples, batch_size: int, steps: int, start: int = 0, seed: int = 0,
-            rank: int = 0, world_size: int = 1, workers: int = 0) -> Iterator[dict]:
-    """Yield the batches of steps start .. steps - 1: tensors stacked, names as a list.
+            rank: int = 0, world_size: int = 1, workers: int = 0, device="cpu") -> Iterator[dict]:
+    """Yield the batches of steps start .. steps - 1: tensors stacked, images on `device`, names as a list.
 
     batch_size: images per process. Ranks and workers of any number, and a run resumed at any `start`, see
     what one process with batch_size * world_size would have seen. Raises as the data set does.
@@ -1479,8 +1477,11 @@ def batches(dataset: Samples, batch_size: int, steps: int, start: int = 0, seed:
     order = sample_order(len(dataset), batch_size, range(start, steps), seed, rank, world_size)
     generator = torch.Generator()  # its own, else starting the loader would draw from the global one
     try:
-        yield from DataLoader(dataset, batch_sampler=order, num_workers=workers, generator=generator,
-                              pin_memory=torch.cuda.is_available())
+        for batch in DataLoader(dataset, batch_sampler=order, num_workers=workers, generator=generator,
+                                pin_memory=torch.cuda.is_available()):
+            image = batch["image"].to(device, non_blocking=True)
+            batch["image"] = image.float().div_(255) if image.dtype == torch.uint8 else image
+            yield batch
     except (ValueError, OSError) as error:  # workers put their traceback before the message
         last = str(error).strip().rpartition("\n")[2]
         raise type(error)(last.removeprefix(f"{type(error).__name__}: ")) from error

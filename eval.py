@@ -169,12 +169,13 @@ class NormalError(Metric):
 
         Target vectors that are zero, or 255 in a channel, are ignored.
         """
-        prediction, target = as_arrays(channels_last(prediction), channels_last(target))
-        valid = (target != data.IGNORE).all(-1) & (target != 0).any(-1)
-        p, t = (unit(x[valid].astype(np.float64)) for x in (prediction, target))  # (pixels, 3)
-        # acos of the dot product would lose small angles to rounding
-        half = np.arctan2(np.linalg.norm(p - t, axis=1), np.linalg.norm(p + t, axis=1))
-        angle = np.degrees(2 * half)  # (pixels,)
+        prediction, target = as_arrays(channels_first(prediction), channels_first(target))
+        valid = (target != data.IGNORE).all(-3) & (target != 0).any(-3)
+        (a, b, c), (d, e, f) = ([x[valid].astype(np.float64) for x in np.moveaxis(vectors, -3, 0)]
+                                for vectors in (prediction, target))  # (pixels,) each
+        # Cross and dot product: acos would lose small angles to rounding. No direction at all: 90 degrees.
+        cross = np.sqrt((b * f - c * e) ** 2 + (c * d - a * f) ** 2 + (a * e - b * d) ** 2)
+        angle = np.degrees(np.arctan2(cross.clip(1e-300), a * d + b * e + c * f))  # (pixels,)
         bins = self.sums["bins"]
         bins += np.bincount(np.minimum(angle / self.BIN, len(bins) - 1).astype(np.int64), minlength=len(bins))
         self.sums["within"] += [(angle < limit).sum() for limit in self.LIMITS]
@@ -301,13 +302,9 @@ def reaching(level: np.ndarray) -> np.ndarray:
     return np.bincount(level, minlength=20)[::-1].cumsum()[::-1][1:]
 
 
-def channels_last(x):
-    """Move the three channels of ([B,] 3, H, W) to the end, unless they are there."""
-    return x if x.shape[-1] == 3 else x.swapaxes(-3, -2).swapaxes(-2, -1)
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+def channels_first(x):
+    """Move the three channels of ([B,] H, W, 3) before the pixels, unless they are there."""
+    return x.swapaxes(-1, -2).swapaxes(-2, -3) if x.shape[-1] == 3 else x
 
 
 def median_bin(bins: np.ndarray) -> float:

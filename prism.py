@@ -256,19 +256,17 @@ class Experts(nn.Module):
         ids = torch.arange(len(self.w1), device=x.device, dtype=torch.uint8)
         ends = torch.searchsorted(expert, ids, right=True, out_int32=True)  # (E,)
 
-        dtype = _matmul_dtype(x)
+        kind, learns = x.device.type, torch.is_grad_enabled()
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         rows = _Reorder.apply(x.to(dtype), order // K, back, K)  # (T*K, D), scattered
         if self.official:
             rows = rows * topk_w.reshape(-1, 1)[order].to(dtype)
         weights = (p.to(dtype) for p in (self.w1, self.b1, self.w2, self.b2))
-        rows, _ = expert_mlps(rows, *weights, expert, ends)  # (T*K, D)
+        rows, _ = expert_mlps(rows, *weights, expert, ends, learns)  # (T*K, D)
+        if not learns and dtype == topk_w.dtype:  # gather, weigh and add at once
+            return F.embedding_bag(back.view(T, K), rows, mode="sum", per_sample_weights=topk_w).to(x.dtype)
         y = _Reorder.apply(rows, back, order, 1).view(T, K, -1)  # (T, K, D), gathered
         return (y * topk_w.unsqueeze(-1)).sum(1).to(x.dtype)
-
-
-def _matmul_dtype(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 # --------------------------------------------------------------------------------- dual-stream block
@@ -458,7 +456,8 @@ class Student(nn.Module):
 
     def compile_parts(self) -> None:
         """Compile every block and head by itself: short compile times, and DDP can send the gradients of
-        one block while the next is computed."""
+        one block while the next is computed. Every size of image compiles anew."""
+        torch._dynamo.config.recompile_limit = 64  # 8 are used up by the third size, and then it raises
         for block in self.blocks:
             block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
         for head in self.heads.values():
@@ -766,18 +765,24 @@ def runs(ends: Tensor) -> list[slice]:
     return [slice(start, end) for start, end in pairwise([0, *ends.tolist()])]
 
 
+def empty_gradients(x: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, ...]:  # of x, w1, b1, w2, b2
+    return tuple(torch.empty_like(t) for t in (x, w1, w1[..., 0], w2, w2[..., 0]))
+
+
 @torch.library.custom_op("prism::expert_mlps", mutates_args=())
 def expert_mlps(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, expert: Tensor,
-                ends: Tensor) -> tuple[Tensor, Tensor]:
-    """Run each expert's MLP on its rows x (S, D), by expert (S,); returns (S, D), and z, the GELU's input."""
+                ends: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    """Run each expert's MLP on its rows x (S, D), by expert (S,); returns (S, D), and the GELU's input z
+    (S, hidden), of no rows where there is no backward to `keep` it for."""
     if grouped(x):
-        one_hot = F.one_hot(expert.long(), len(b1)).to(x.dtype)  # (S, E)
-        z = F.grouped_mm(x.contiguous(), w1.transpose(1, 2), offs=ends) + one_hot @ b1
-        return F.grouped_mm(F.gelu(z), w2.transpose(1, 2), offs=ends) + one_hot @ b2, z
-    y, z = torch.empty_like(x), x.new_empty(len(x), w1.shape[1])
+        own = expert.int()
+        z = F.grouped_mm(x.contiguous(), w1.transpose(1, 2), offs=ends) + b1[own]
+        y = F.grouped_mm(F.gelu(z), w2.transpose(1, 2), offs=ends) + b2[own]
+        return y, z if keep else z[:0].clone()
+    y, z = torch.empty_like(x), x.new_empty(len(x) * keep, w1.shape[1])
     for e, own in enumerate(runs(ends)):  # both products of an expert in turn: its rows stay in the cache
-        torch.addmm(b1[e], x[own], w1[e].t(), out=z[own])
-        torch.addmm(b2[e], F.gelu(z[own]), w2[e].t(), out=y[own])
+        hidden = torch.addmm(b1[e], x[own], w1[e].t(), out=z[own] if keep else None)
+        torch.addmm(b2[e], F.gelu(hidden), w2[e].t(), out=y[own])
     return y, z
 
 
@@ -787,34 +792,34 @@ def expert_mlps_backward(grad: Tensor, x: Tensor, z: Tensor, w1: Tensor, w2: Ten
     """Return the gradients of x, w1, b1, w2, b2; an expert without rows gets zeros."""
     if grouped(x):
         grad, x = grad.contiguous(), x.contiguous()  # the compiler may choose strides that the kernel refuses
-        one_hot = F.one_hot(expert.long(), len(w1)).to(x.dtype)  # adding up by index loses 5 % in bf16
+        E = len(w1)  # below rounded up to rows of 16 bytes: others fall to slow kernels
+        one_hot = F.one_hot(expert.long(), -E // 8 * -8).to(x.dtype).t()  # adding by index loses 5 % in bf16
         d_z = torch.ops.aten.gelu_backward(F.grouped_mm(grad, w2, offs=ends), z)
-        d_w1, d_w2 = (F.grouped_mm(d.t(), u, offs=ends) for d, u in ((d_z, x), (grad, F.gelu(z))))
-        return F.grouped_mm(d_z, w1, offs=ends), d_w1, one_hot.t() @ d_z, d_w2, one_hot.t() @ grad
-    d_x, d_w1, d_w2 = torch.empty_like(x), torch.empty_like(w1), torch.empty_like(w2)
-    d_b1, d_b2 = w1.new_empty(w1.shape[:2]), w2.new_empty(w2.shape[:2])
+        return (F.grouped_mm(d_z, w1, offs=ends),
+                F.grouped_mm(d_z.t(), x, offs=ends), (one_hot @ d_z)[:E],
+                F.grouped_mm(grad.t(), F.gelu(z), offs=ends), (one_hot @ grad)[:E])
+    d_x, d_w1, d_b1, d_w2, d_b2 = room = empty_gradients(x, w1, w2)
     for e, own in enumerate(runs(ends)):
         d_z = torch.ops.aten.gelu_backward(grad[own] @ w2[e], z[own])
         for d, u, d_w, d_b in ((grad[own], F.gelu(z[own]), d_w2, d_b2), (d_z, x[own], d_w1, d_b1)):
             torch.mm(d.t(), u, out=d_w[e])
             torch.sum(d, 0, out=d_b[e])
         torch.mm(d_z, w1[e], out=d_x[own])
-    return d_x, d_w1, d_b1, d_w2, d_b2
+    return room
 
 
 def keep_for_backward(ctx, inputs, output) -> None:
-    x, w1, _, w2, _, expert, ends = inputs
+    x, w1, _, w2, _, expert, ends, _ = inputs
     ctx.save_for_backward(x, output[1], w1, w2, expert, ends)
     ctx.set_materialize_grads(False)  # nobody differentiates z
 
 
 expert_mlps.register_autograd(
-    lambda ctx, grad, _: (*expert_mlps_backward(grad.contiguous(), *ctx.saved_tensors), None, None),
+    lambda ctx, grad, _: (*expert_mlps_backward(grad.contiguous(), *ctx.saved_tensors), *[None] * 3),
     setup_context=keep_for_backward)
-expert_mlps.register_fake(lambda x, w1, *_: (torch.empty_like(x), x.new_empty(len(x), w1.shape[1])))
-expert_mlps_backward.register_fake(lambda grad, x, z, w1, w2, *_: (
-    torch.empty_like(x), torch.empty_like(w1), w1.new_empty(w1.shape[:2]), torch.empty_like(w2),
-    w2.new_empty(w2.shape[:2])))
+expert_mlps.register_fake(lambda x, w1, *rest: (
+    torch.empty_like(x), x.new_empty(len(x) * rest[-1], w1.shape[1])))
+expert_mlps_backward.register_fake(lambda grad, x, z, w1, w2, *_: empty_gradients(x, w1, w2))
 register_flop_formula(torch.ops.prism.expert_mlps)(lambda x, w1, *_, **__: 4 * x[0] * w1[1] * w1[2])
 register_flop_formula(torch.ops.prism.expert_mlps_backward)(
     lambda grad, x, z, w1, *_, **__: 8 * x[0] * w1[1] * w1[2])

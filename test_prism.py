@@ -87,7 +87,8 @@ def value_and_gradients(y, inputs) -> list[torch.Tensor]:
 @pytest.mark.parametrize("official", [False, True])
 @pytest.mark.parametrize("chosen, T", [([0, 1, 2, 3, 4, 5], 57), ([1, 4], 31), ([3], 20), ([0, 2, 5], 3)])
 def test_dispatch_equals_plain(chosen, T, official, kernel, monkeypatch):
-    """Catches rows at a wrong expert or weight, lost gradients, a kernel at odds with the loop."""
+    """Catches rows at a wrong expert or weight, lost gradients, a kernel at odds with the loop; another
+    answer, or the hidden layer kept, where nothing learns."""
     torch.manual_seed(1)
     E, K, D, dtype = 6, min(2, len(chosen)), 12, torch.float32 if kernel else torch.float64
     monkeypatch.setattr(prism, "grouped", lambda x: kernel)
@@ -100,13 +101,19 @@ def test_dispatch_equals_plain(chosen, T, official, kernel, monkeypatch):
     plain, fast = (value_and_gradients(run(x, topk_idx, topk_w), inputs) for run in (experts.plain, experts))
     close = {"rtol": 1e-4, "atol": 1e-5} if kernel else {"rtol": 1e-12, "atol": 1e-12}
     torch.testing.assert_close(fast, plain, **close)
+    kept, run = [], prism.expert_mlps
+    monkeypatch.setattr(prism, "expert_mlps", lambda *args: kept.append(run(*args)) or kept[-1])
+    with torch.no_grad():
+        torch.testing.assert_close(experts(x, topk_idx, topk_w), plain[0], **close)
+    assert [z.shape for _, z in kept] == [(0, 4 * D)]
     unused = sorted(set(range(E)) - set(topk_idx.flatten().tolist()))
     assert fast[3][unused].abs().sum() == 0  # an empty expert gets a zero gradient, not none
 
 
 @pytest.mark.parametrize("dtype, close", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_compiled_block_equals_eager_without_a_graph_break(dtype, close):
-    """Catches a graph break, and torch.compile losing a custom operator's gradient (seen in torch 2.11)."""
+    """Catches a graph break, and torch.compile losing a custom operator's gradient (seen in torch 2.11);
+    with and without gradients."""
     block, x, context = student().blocks[1], torch.randn(2, 17, 24), torch.randn(6, 24)
     results, inputs = [], [x.requires_grad_(), context.requires_grad_()]
     inputs += [p for name, p in block.named_parameters() if "noise" not in name]
@@ -114,8 +121,21 @@ def test_compiled_block_equals_eager_without_a_graph_break(dtype, close):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             y, route = run(x, context)
         results.append(value_and_gradients(torch.cat([y.float().flatten(), route.prob]), inputs))
+        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            results[-1].append(run(x, context)[0].float())
     for eager, compiled in zip(*results, strict=True):
         assert eager.norm() > 0 and (compiled - eager).norm() < close * eager.norm()
+
+
+def test_compiled_student_sees_many_sizes(monkeypatch):
+    """Catches torch.compile giving up at the ninth image size, by an error where graphs must be whole."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)  # and back to what it was
+    model, images = student(depth=4, moe_blocks=(0, 1, 2, 3), tasks={}), torch.rand(1, 3, 8, 96)
+    before = {side: model.features(images[..., :side], "clip")[3] for side in range(16, 96, 8)}
+    model.compile_parts()
+    for side, level in before.items():
+        torch.testing.assert_close(model.features(images[..., :side], "clip")[3], level)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -3202,7 +3222,8 @@ def test_loader_is_a_function_of_seed_and_step(small_world):
 
 
 def test_views_and_splits(small_world):
-    """Catches random views of the test split, labels read for distillation, a view that is never random."""
+    """Catches random views of the test split, labels read for distillation, a view that is never random;
+    pixels that the loader divides to other values than `to_tensors` does."""
     def split(name, **options):
         return data.open_data(f"world:{small_world}", name, **options)
 
@@ -3212,8 +3233,14 @@ def test_views_and_splits(small_world):
                        (train[1], split("train", train=False)[place])):
         assert same_batches(one, other)
     assert not any(same_batches(train[place], train[other]) for other in ((1, 6, 0), (1, 5, 1)))
-    distilled = split("train", view="distill", size=(24, 32))[place]
+    dataset = split("train", view="distill", size=(24, 32))
+    distilled, rng = dataset[place], np.random.default_rng((0, *place[1:]))
+    view = data.to_tensors(data.distill_view(dataset.read(1)["image"], (24, 32), rng), (24, 32))["image"]
     assert set(distilled) == {"image", "name"} and distilled["image"].shape == (3, 24, 32)
+    assert distilled["image"].dtype == torch.uint8 and torch.equal(distilled["image"] / 255, view)
+    (keys,), (batch,) = data.sample_order(12, 6, range(1), 0, 0, 1), data.batches(dataset, 6, 1)
+    assert torch.equal(batch["image"], torch.stack([dataset[key]["image"] for key in keys]) / 255)
+    assert dataset[1]["image"].dtype == torch.float32
 
 
 # ---------------------------------------------------------------------------- images without labels, pictures
@@ -3270,8 +3297,8 @@ def test_odd_images(tmp_path):
         image, truth = dataset.read(i)["image"], np.asarray(cases[name][1].convert("RGB")).astype(int)
         assert image.dtype == np.uint8 and image.shape == truth.shape, name
         assert abs(image - truth).max() <= (4 if name.endswith("jpg") else 0), name
-        for view in dataset[i], dataset[(i, 0, 0)]:
-            assert view["image"].shape == (3, 24, 16) and 0 <= view["image"].min() <= view["image"].max() <= 1
+        for image in dataset[i]["image"], dataset[(i, 0, 0)]["image"] / 255:
+            assert image.shape == (3, 24, 16) and 0 <= image.min() <= image.max() <= 1
     photo(1, (60, 50)).resize((1600, 1200)).save(tmp_path / "rgba.png", "jpeg", quality=95)
     image = dataset.read(dataset.ids.index("rgba.png"))["image"]  # 24 / sqrt(0.08) = 85 is enough
     truth = np.asarray(photo(1, (60, 50)).resize((200, 150))).astype(int)
@@ -3553,7 +3580,7 @@ def tilted(angles):
 
 def test_normals_by_hand():
     """Catches an acos whose rounding turns small angles into 0, a median off by half a bin, channels mixed
-    with rows."""
+    with rows; other angles than the two chords of the unit sphere give; no direction at 0 degrees."""
     assert score("normals", *tilted([1e-5]))["mean"] == pytest.approx(1e-5, rel=1e-6)
     got = score("normals", *tilted([1e-5, 20, 90, 180, 40]))
     assert got["mean"] == pytest.approx(66, abs=1e-5) and got["median"] == pytest.approx(40, abs=0.01)
@@ -3564,6 +3591,11 @@ def test_normals_by_hand():
     p, t = sample("normals")
     first = [np.moveaxis(x, -1, 1) for x in (3 * p, t)]
     same_numbers(score("normals", p, t), score("normals", *first), rtol=1e-6)
+    known = (t != 255).all(-1) & t.any(-1)
+    p, t = (x[known] / np.linalg.norm(x[known], axis=-1, keepdims=True) for x in np.float64([p, t]))
+    chords = 2 * np.degrees(np.arctan2(np.linalg.norm(p - t, axis=1), np.linalg.norm(p + t, axis=1)))
+    assert score("normals", p[None], t[None])["mean"] == pytest.approx(chords.mean(), abs=1e-9)
+    assert score("normals", 0 * UP[None, None], UP[None, None])["mean"] == 90
 
 
 def test_seg2bmap_equals_loops():

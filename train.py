@@ -451,9 +451,8 @@ def decorr_term(levels: list[Tensor], epsilon: float = 0.0) -> Tensor:
     Mean over token pairs farther apart than r = max(1, 0.1 min(h, w)) patches of max(0, cos - epsilon).
     The paper gives neither r nor epsilon; these are ours. Summed over levels.
     """
-    h, w = levels[0].shape[-2:]
+    (h, w), total = levels[0].shape[-2:], 0.0
     far = patch_distances(h, w, levels[0].device) > max(1.0, 0.1 * min(h, w))  # (h*w, h*w)
-    total = levels[0].new_zeros((), dtype=torch.float32)
     for level in levels:
         z = F.normalize(level.float().flatten(2), dim=1)  # (B, D, h*w)
         alike = F.relu(z.transpose(1, 2) @ z - epsilon)  # (B, h*w, h*w)
@@ -775,7 +774,8 @@ def train_stage(args: Args, rt: Runtime, name: str, taught: teachers.Teachers) -
     passes = args.accumulate or global_max(choose_passes(stage, rt, cfg))
     if passes > 1 and rt.rank == 0:
         print(f"  {passes} passes per step")
-    batches = data.batches(dataset, B, stage.steps, start, args.seed, rt.rank, rt.world_size, workers)
+    batches = data.batches(dataset, B, stage.steps, start, args.seed,
+                           rt.rank, rt.world_size, workers, rt.device)
     log = Log(args.out_dir / "log.jsonl", rt, name, stage.steps, start)
     with noted_signals() as received:
         for step, batch in enumerate(data.track(batches, name, stage.steps, start, rt.rank > 0), start):
