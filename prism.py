@@ -24,7 +24,7 @@ Beside it stands SAK (ICLR 2025, arXiv 2410.14633), the baseline: a plain ViT, a
 adapters that reads the ViT but never writes to it.
 
 Shapes: B images, N tokens (1 cls + h*w patches), D width, E experts, K experts per token, T = rows of
-tokens, H x W pixels, h x w patches. R rows = images x contexts, all images of one context together.
+tokens, H x W pixels, h x w patches. R rows = images x contexts, all contexts of one image together.
 "eq." numbers are the paper's; "official" marks what the released code does otherwise.
 """
 
@@ -164,6 +164,12 @@ class Route(NamedTuple):
     gate: Tensor  # (B, N) lambda; before the contexts part in the first such block, B rows instead of R
 
 
+def own_share(draw: Callable, like: Tensor) -> Tensor:
+    """Draw random numbers like (R, ...), so that N processes together draw what one would: each draws all."""
+    n, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    return draw((n * len(like), *like.shape[1:]), dtype=like.dtype, device=like.device).chunk(n)[rank]
+
+
 class Router(nn.Module):
     """Choose top-k experts from token and context: z = (1 + gamma(c)) u + beta(c) (FiLM), logits = W z."""
 
@@ -201,8 +207,8 @@ class Router(nn.Module):
             if self.concatenated is not None:  # W [z, c] = W_z z + W_c c
                 logits = logits + self.concatenated(context).unsqueeze(1)
             if self.training:  # both only break the symmetry of experts that start as equal copies
-                hidden = torch.rand_like(logits) < cfg.expert_drop
-                noise = torch.randn_like(logits) * F.softplus(self.noise(z)) * cfg.router_noise
+                hidden = own_share(torch.rand, logits) < cfg.expert_drop
+                noise = own_share(torch.randn, logits) * F.softplus(self.noise(z)) * cfg.router_noise
                 logits = logits.masked_fill(hidden, self.HIDDEN_LOGIT) + noise
             kept, topk_idx = logits.topk(cfg.top_k, dim=-1)  # (R, N, K)
             prob = logits.softmax(-1).mean((0, 1))  # (E,)
@@ -308,7 +314,7 @@ class DualStreamBlock(nn.Module):
         if self.shared is not None:
             x = x + (1 - lam) * self.shared(u)
         copies = 1 if context is None else len(context) // len(x)
-        x, u, rest = (repeat(t, "b n d -> (c b) n d", c=copies) for t in (x, u, 1 - lam))  # (R, N, D)
+        x, u, rest = (repeat(t, "b n d -> (b c) n d", c=copies) for t in (x, u, 1 - lam))  # (R, N, D)
         route = self.router(u, context, lam.squeeze(-1))
         routed = self.experts(u.flatten(0, 1), route.topk_idx.flatten(0, 1), route.topk_w.flatten(0, 1))
         return x + rest * routed.view_as(u), route
@@ -536,7 +542,8 @@ class Prism(Student):
         """
         x, levels, routes = self.embed(images), [], []  # (B, N, D)
         tables = [e for e in (self.teacher_embed, self.task_embed) if e is not None]
-        heard = torch.cat(tables)[torch.cat(contexts).to(x.device, non_blocking=True)] if tables else None
+        ids = torch.stack(list(contexts), 1).flatten()  # (R,)
+        heard = torch.cat(tables)[ids.to(x.device, non_blocking=True)] if tables else None
         for i, block in enumerate(self.blocks):
             if self.routed and i in self.cfg.moe_blocks:
                 x, route = block(x, heard)  # (R, N, D) from the first one on
@@ -547,7 +554,8 @@ class Prism(Student):
                 levels.append(self.as_maps(self.norm(x)[:, 1:], images))  # (R, D, h, w)
         if heard is None:  # all contexts share one pass
             return [levels] * len(contexts), routes
-        return [list(own) for own in zip(*(x.chunk(len(contexts)) for x in levels), strict=True)], routes
+        levels = [x.unflatten(0, (-1, len(contexts))).unbind(1) for x in levels]
+        return [list(own) for own in zip(*levels, strict=True)], routes
 
     def forward(self, images: Tensor, teacher_ids: Tensor | None = None, tasks: Sequence[str] = ()) -> Output:
         """Run every context of a training step in one batched pass.
@@ -617,7 +625,7 @@ class Mixer(nn.Module):
         """Weigh the S sources by the stem's patches (B, n, D): (B, n, S) in training, else (B, 1, S)."""
         logits, spread = self.score(stem).mean(1, keepdim=True).chunk(2, dim=-1)  # (B, 1, S) each
         if self.training:
-            noise = torch.randn_like(logits.expand(-1, stem.shape[1], -1))  # (B, n, S)
+            noise = own_share(torch.randn, logits.expand(-1, stem.shape[1], -1))  # (B, n, S)
             logits = logits + noise * (F.softplus(spread) + self.LEAST_NOISE)
         return logits.softmax(-1)
 

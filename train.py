@@ -789,7 +789,7 @@ def train_stage(args: Args, rt: Runtime, name: str, taught: teachers.Teachers) -
                 group["lr"] = group["factor"] * lr_at(step, stage)
             values = []
             for i in range(passes):
-                noise = np.random.SeedSequence((args.seed, step, rt.rank, i))
+                noise = np.random.SeedSequence((args.seed, step, i))
                 torch.manual_seed(noise.generate_state(1)[0].item())
                 part = {k: v[i * B // passes : (i + 1) * B // passes] for k, v in batch.items()}
                 alone = isinstance(model, DistributedDataParallel) and i < passes - 1
