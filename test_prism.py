@@ -4376,7 +4376,7 @@ def score_as_rank(rank, where, folder, out):
     wrote. Before it scores batches of two, it scores batches of eight: one process has no image then."""
     be_rank(rank, where)
     note = out / f"rank{rank}"
-    evaluate, write, read = scoring.evaluate, scoring.write_files, Scenes.__getitem__
+    evaluate, write, read = scoring.evaluate, scoring.write_files, Scenes.read
     seen, scored, wrote = [], [], []
 
     def noted(model, dataset, device, batch_size, *rest):
@@ -4387,14 +4387,14 @@ def score_as_rank(rank, where, folder, out):
         return found
 
     with pytest.MonkeyPatch.context() as patch, open(f"{note}.txt", "w") as said:
-        patch.setattr(data, "open_data", lambda *_: Scenes())
-        patch.setattr(Scenes, "__getitem__", lambda self, i: seen.append(i) or read(self, i))
+        patch.setattr(data, "open_data", lambda *_, **options: Scenes())
+        patch.setattr(Scenes, "read", lambda self, i, labels=True: seen.append(i) or read(self, i))
         patch.setattr(scoring, "evaluate", noted)
         patch.setattr(scoring, "write_files", lambda where, files: (
             wrote.extend(str((where / name).relative_to(out)) for name in files), write(where, files)))
         patch.setattr(sys, "stdout", said)
         scoring.main(scoring.Args(ckpt=folder / "prism.pt", out_dir=out, device="cpu", batch_size=2,
-                                  save_predictions=out / "found"))
+                                  save_predictions=out / "found", floor=False))
     Path(f"{note}.json").write_text(json.dumps({"scored": scored, "wrote": wrote}))
 
 
