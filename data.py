@@ -56,6 +56,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -72,6 +73,7 @@ import tyro
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from rich import progress
 from scipy.io import loadmat
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 warnings.filterwarnings("ignore", module="PIL")  # odd EXIF and palettes, by the thousand
@@ -1170,11 +1172,13 @@ def open_data(spec: str, split: str, **options) -> Samples:
     or tars ("tars:/path/*.tar"). options: as those classes take them. Raises ValueError for another spec.
     """
     kind, _, root = spec.partition(":")
+    if kind == "captions" and root:
+        return CaptionList(Path(root).expanduser(), split, **options)
     if kind in UNLABELLED and root:
         return ImageFolder(Path(root).expanduser(), split, kind=kind, **options)
     if kind not in KINDS or not (root or kind == "world"):
         raise ValueError(f'data "{spec}" is unknown; use "world" or "KIND:/path" with KIND one of '
-                         f"{', '.join((*KINDS, *UNLABELLED))}")
+                         f"{', '.join((*KINDS, *UNLABELLED, 'captions'))}")
     size = options.get("size") or WorldSettings.size
     root = root or render_world(size=size if isinstance(size, int) else max(size))
     return FOLDERS.get(kind, LabelFolder)(Path(root).expanduser(), split, kind=kind, **options)
@@ -1447,6 +1451,116 @@ def to_tensors(sample: dict, size: tuple[int, int]) -> dict[str, torch.Tensor]:
     return out
 
 
+# --------------------------------------------------------------------------------------------------- captions
+
+START, PAD, END, UNKNOWN = range(4)  # RoBERTa's ids of <s>, <pad>, </s>, <unk>
+SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")
+CHUNK = re.compile(r"'(?:[sdmt]|ll|ve|re)| ?[^\W\d_]+| ?\d+| ?(?:[^\s\w]|_)+|\s+(?!\S)|\s+")  # GPT-2's
+LETTERS = {b: chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))}  # a letter per byte
+LETTERS |= {b: chr(256 + k) for k, b in enumerate(b for b in range(256) if b not in LETTERS)}
+BYTES = {letter: b for b, letter in LETTERS.items()}
+
+
+def chunks(text: str) -> list[str]:
+    """Cut a text as GPT-2 does, mostly into words with the space before them, and write bytes as letters."""
+    return ["".join(map(LETTERS.get, chunk.encode())) for chunk in CHUNK.findall(text)]
+
+
+class Tokenizer:
+    """Text to token ids and back: chunks or, given merges, RoBERTa's byte pairs."""
+
+    def __init__(self, words: Sequence[str], merges: Sequence[str] = ()):
+        self.words, self.ids = words, {word: i for i, word in enumerate(words)}
+        self.merges, self.ranks = merges, {tuple(pair.split(" ")): k for k, pair in enumerate(merges)}
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, without <s> and </s>. The pair of the lowest rank merges first."""
+        ids = []
+        for chunk in chunks(text):
+            parts = list(chunk) if self.merges else [chunk]
+            while pairs := [pair for pair in pairwise(parts) if pair in self.ranks]:
+                best, old, parts = min(pairs, key=self.ranks.get), parts, []
+                while old:
+                    n = 2 if tuple(old[:2]) == best else 1
+                    parts, old = [*parts, "".join(old[:n])], old[n:]
+            ids += [self.ids.get(part, UNKNOWN) for part in parts]
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of ids, special ones left out."""
+        letters = "".join(self.words[i] for i in ids if i >= len(SPECIAL))
+        return bytes(map(BYTES.get, letters)).decode(errors="replace").strip()
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """Read RoBERTa's vocab.json and merges.txt. Raises ValueError or OSError."""
+    vocab = decode_file(folder / "vocab.json", lambda path: json.loads(path.read_text("utf-8")))
+    lines = decode_file(folder / "merges.txt", lambda path: path.read_text("utf-8").split("\n"))
+    words = tuple(sorted(vocab, key=vocab.get))
+    if words[:4] != SPECIAL:
+        raise ValueError(f"{folder}/vocab.json does not begin with {' '.join(SPECIAL)}; use RoBERTa's")
+    return Tokenizer(words, tuple(line for line in lines if line and not line.startswith("#version")))
+
+
+class CaptionList(Samples):
+    """Photos with captions: ROOT/SPLIT.json is [{"image": path in ROOT, "caption": text or texts}, ...]."""
+
+    tasks, classes = {}, {}
+
+    def __init__(self, root: Path, split: str, size: int | tuple[int, int] = 224, **options):
+        file = root / f"{split}.json"
+        rows = decode_file(file, lambda path: json.loads(path.read_text("utf-8")))
+        try:
+            self.captions = [np.atleast_1d(row["caption"]).tolist() for row in rows]
+            super().__init__([root / row["image"] for row in rows], size)
+            rows[0]  # there is one
+        except (TypeError, LookupError):
+            raise ValueError(f'{file} is no [{{"image": path, "caption": text}}, ...]; write it so') from None
+        if missing := [path for path in self.ids if not path.is_file()]:
+            raise FileNotFoundError(f"{missing[0]} of {file} is missing; put it there")
+        self.root, self.source = root, f"captions:{root.resolve()}"
+
+    def read(self, i: int, labels: bool = False) -> dict:
+        return {"image": read_photo(self.ids[i]), "name": self.ids[i].name, "caption": self.captions[i][0]}
+
+
+def squeeze(image: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
+    """Resize an image (H, W, 3) uint8, whole and unmirrored as captions need it: (3, *size) in [0, 1]."""
+    picture = Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC)
+    return to_tensors({"image": np.asarray(picture)}, size)["image"]
+
+
+class Captioned(Dataset):
+    """Images of any data whose `read` gives captions, with the tokens of one caption each.
+
+    encode: text -> tokens (T,) int64. Raises ValueError where a caption lacks.
+    """
+
+    def __init__(self, samples: Samples, size: tuple[int, int], encode: Callable | None = None):
+        self.samples, self.size, self.encode = samples, size, encode
+        self.source, self.classes, self.captions = samples.source, samples.classes, samples.captions
+        if not isinstance(samples, CaptionList):
+            self.captions = [[samples.read(i, False).get("caption", "")] for i in range(len(samples))]
+        if empty := [name for name, texts in zip(samples.ids, self.captions, strict=True)
+                     if not all(isinstance(text, str) and text.strip() for text in texts)]:
+            raise ValueError(f"{empty[0]} of {self.source} has no caption, as {len(empty)} in all; write "
+                             "them, or leave the images out")
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: int | tuple[int, int, int]) -> dict:
+        i = key[0] if isinstance(key, tuple) else key
+        image = self.samples.read(i, False)["image"]
+        return {"image": squeeze(image, self.size), "tokens": self.encode(self.captions[i][0])}
+
+    @staticmethod
+    def collate(rows: list[dict]) -> dict:
+        """Stack samples; tokens (B, T) are padded on the right."""
+        tokens = nn.utils.rnn.pad_sequence([row["tokens"] for row in rows], True, PAD)
+        return {"image": torch.stack([row["image"] for row in rows]), "tokens": tokens}
+
+
 # ----------------------------------------------------------------------------------------------------- loader
 
 
@@ -1478,7 +1592,8 @@ def batches(dataset: Samples, batch_size: int, steps: int, start: int = 0, seed:
     generator = torch.Generator()  # its own, else starting the loader would draw from the global one
     try:
         for batch in DataLoader(dataset, batch_sampler=order, num_workers=workers, generator=generator,
-                                pin_memory=torch.cuda.is_available()):
+                                pin_memory=torch.cuda.is_available(),
+                                collate_fn=getattr(dataset, "collate", None)):
             image = batch["image"].to(device, non_blocking=True)
             batch["image"] = image.float().div_(255) if image.dtype == torch.uint8 else image
             yield batch

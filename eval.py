@@ -7,6 +7,7 @@
     python eval.py --predictions found/ --data nyud:/data/NYUDv2    # scores files, ours or a peer's
     python eval.py --ckpt out/prism.pt --cost                       # parameters, multiply-adds, time
     python eval.py --contest prism sak dense                        # trains and compares students
+    python eval.py --ckpt out/prismer.pt                            # scores and draws captions, or --image
 
 | task        | metric                         | unit       | better        | protocol |
 |-------------|--------------------------------|------------|---------------|----------|
@@ -34,10 +35,13 @@ import data  # first: it settles how threads wait, before torch is loaded
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
+import textwrap
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -526,18 +530,9 @@ def count_boundaries(task: tuple[tuple, int, float]) -> np.ndarray:
 # -------------------------------------------------------------------------------------------- evaluate
 
 
-FINAL = {  # kind of task -> the map that is scored, (B, H, W [, 3]), of raw outputs (B, C, H, W)
-    "classes": lambda x: x.argmax(1),
-    "mask": lambda x: x.softmax(1)[:, 1],
-    "edge": lambda x: x[:, 0].sigmoid(),
-    "normals": lambda x: F.normalize(x, dim=1).permute(0, 2, 3, 1),
-    "number": lambda x: x[:, 0],
-}
-
-
 def final_map(task: str, raw: Tensor) -> np.ndarray:
     """Turn a head's raw output (B, C, H, W) into the map that is scored; no distance is below 0."""
-    final = FINAL[data.TASKS[task].kind](raw.float())
+    final = prism.FINAL[data.TASKS[task].kind](raw.float())
     return (final.clamp(min=0) if data.TASKS[task].distance else final).cpu().numpy()
 
 
@@ -1016,6 +1011,104 @@ def contest_text(scores: dict, costs: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+# -------------------------------------------------------------------------------------------- captions
+
+THING = rf"\w+ person in \w+|plant in an? \w+ pot|\w+ (?:{'|'.join(data.CLASSES[3:])})\b"
+KINDS = dict.fromkeys(data.COLOURS, "colours") | dict.fromkeys(("standing", "walking", "sitting"), "poses")
+
+
+def facts(caption: str) -> Counter:
+    """Count what a caption of the rendered world states; the first word of a fact is its kind."""
+    found = Counter(("counts", *pair) for pair in re.findall(r"(\d+) (\w+)", caption))
+    sides = re.findall(rf"the ({THING}) is (\w+) of the ({THING})", caption)
+    found.update(("sides", *three) for three in sides)
+    for words in map(str.split, re.findall(rf"\ban? ({THING})", caption)):
+        name = next(word for word in words if word in data.CLASSES)
+        found["classes", name] = 1
+        found.update((KINDS[word], name, word) for word in words if word in KINDS)
+    return found
+
+
+def score_facts(found: Sequence[str], true: Sequence[str]) -> dict[str, float]:
+    """Return precision and recall of each kind of fact over all captions, in percent."""
+    pairs, scores = [(facts(own), facts(truth)) for own, truth in zip(found, true, strict=True)], {}
+    for kind in ("classes", "counts", "colours", "poses", "sides"):
+        hits, said, due = (
+            sum(n for counts in column for fact, n in counts.items() if fact[0] == kind)
+            for column in ([own & truth for own, truth in pairs], *zip(*pairs, strict=True)))
+        scores |= {f"{kind} precision": 100 * hits / max(said, 1), f"{kind} recall": 100 * hits / max(due, 1)}
+    return scores
+
+
+def cider_d(found: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """Return CIDEr-D in percent (1,000 at most), as COCO's code has it; words are what regex calls so."""
+    def grams(text: str, n: int) -> Counter:
+        words = re.findall(r"\w+", text.lower())
+        return Counter(zip(*(words[k:] for k in range(n)), strict=False))
+
+    total = 0.0
+    for n in range(1, 5):
+        seen = Counter(gram for texts in references for gram in set().union(*(grams(x, n) for x in texts)))
+        for own, texts in zip(found, references, strict=True):
+            for text in texts:
+                a, b = ({gram: k * math.log(len(references) / max(1, seen[gram]))  # rare ones count more
+                         for gram, k in grams(x, n).items()} for x in (own, text))
+                same = sum(min(a[gram], b[gram]) * b[gram] for gram in a.keys() & b.keys())
+                norm = math.hypot(*a.values()) * math.hypot(*b.values())
+                longer = grams(own, 1).total() - grams(text, 1).total()
+                total += math.exp(-(longer**2) / 72) * same / (norm or 1) / len(texts)
+    return 250 * total / len(found)
+
+
+@torch.inference_mode()
+def score_captions(args: "Args", stored: dict) -> None:
+    """Score a Prismer: plain nats per token, CIDEr-D and facts of its captions; draw some."""
+    model = prism.load(args.ckpt, prism.choose_device(args.device))
+    trunk = model.cfg.trunk
+    source, size = args.data or stored["provenance"]["data"], tuple(n * trunk.patch for n in trunk.grid)
+    pairs = data.Captioned(data.open_data(source, args.split, size=size), size, model.encode)
+    nats, count, first = 0.0, 0, len(model.start)
+    for start in data.track(range(0, len(pairs), args.batch_size), "captions", len(pairs) // args.batch_size):
+        batch = pairs.collate([pairs[i] for i in range(start, min(start + args.batch_size, len(pairs)))])
+        images, tokens = batch["image"].to(model.pos.device), batch["tokens"].to(model.pos.device)
+        known = (tokens[:, first:] != data.PAD).sum().item()
+        nats += known * train.caption_terms(model(images, tokens), tokens, first)[1]["nll"].item()
+        count += known
+    chosen = np.linspace(0, len(pairs) - 1, min(args.analysis or 64, len(pairs))).astype(int).tolist()
+    images = stack([pairs[i] for i in chosen], "image").to(model.pos.device)
+    found = {how: [text for part in images.split(args.batch_size) for text in model.caption(part, beams)]
+             for how, beams in (("greedy", 1), ("beam 3", 3))}
+    references = [pairs.captions[i] for i in chosen]
+    true = [texts[0] for texts in references]
+    scores = {how: {"CIDEr-D": cider_d(own, references), **score_facts(own, true)}
+              for how, own in found.items()}
+    prism.show(f"{args.split}: {nats / count:.4f} nats per token over {len(pairs)} images; captions of "
+               f"{len(true)}", {name: {how: row[name] for how, row in scores.items()}
+                                for name in scores["greedy"]})
+    panel = draw_captions(model, images[:6], {"caption": found["beam 3"], "truth": true})
+    results = {"checkpoint": args.ckpt.name, "data": source, "split": args.split, "images": len(pairs),
+               "nats per token": nats / count, "scores": scores, "captions": found, "truth": references}
+    out_dir = args.out_dir or args.ckpt.parent
+    write_files(out_dir, {"captions.json": as_json(results), "captions.png": panel})
+    print(f"wrote {out_dir / 'captions.json'}, {out_dir / 'captions.png'}")
+
+
+def draw_captions(model: prism.Prismer, images: Tensor, texts: dict[str, list[str]]) -> Image.Image:
+    """Draw images (B, 3, H, W), the student's maps that are read of them, and columns of texts."""
+    rows, sizes = [], [tuple(images.shape[-2:])] * len(images)
+    drawn = (predict_maps(model.student, images, model.cfg.maps, sizes, sizes) if model.cfg.maps else
+             [{}] * len(images))
+    for k, image in enumerate(images):
+        cells = [as_pixels(image), *(data.colourise(*pair) for pair in drawn[k].items())]
+        for column in texts.values():
+            page = Image.new("RGB", (256, 256), "white")
+            for y, line in enumerate(textwrap.wrap(column[k], 36)):
+                data.write(ImageDraw.Draw(page), 2, 10 + 18 * y, line)
+            cells.append(np.asarray(page))
+        rows.append(("", cells))
+    return data.sheet(["photo", *map(titled, model.cfg.maps), *texts], rows, 256)
+
+
 # -------------------------------------------------------------------------------------------- pictures
 
 def as_pixels(image: Tensor) -> np.ndarray:
@@ -1114,6 +1207,8 @@ def photo_input(photo: np.ndarray, side: int, cfg: prism.PrismConfig) -> tuple[T
 def draw_photos(args: "Args", device) -> None:
     """Write a panel per photo of --image, or of each image in a folder; also raw maps and features."""
     stored, model = read_student(args.ckpt), prism.load(args.ckpt, device)
+    captioner = model if isinstance(model, prism.Prismer) else None
+    model = captioner.student if captioner else model
     out_dir, cfg = args.out_dir or args.ckpt.parent, model.cfg
     tasks = choose_tasks(args.tasks, cfg.tasks, cfg)
     classes = stored.get("provenance", {}).get("classes", {})
@@ -1128,6 +1223,11 @@ def draw_photos(args: "Args", device) -> None:
         side = args.photo_side or min(cfg.grid) * cfg.patch
         photo = data.read_photo(path, 4 * side if args.save_predictions is None else None)
         image, seen = photo_input(photo, side, cfg)
+        if captioner:
+            whole = data.squeeze(photo, tuple(n * cfg.patch for n in cfg.grid))[None].to(device)
+            texts = captioner.caption(whole)
+            print(f"{path}: {texts[0]}", flush=True)
+            write_files(out_dir, {f"{name}_caption.png": draw_captions(captioner, whole, {"caption": texts})})
         if args.save_features is not None:
             levels = model.features(image.to(device), args.context or model.contexts[0])
             args.save_features.mkdir(parents=True, exist_ok=True)
@@ -1247,6 +1347,8 @@ def score_files(args: Args) -> None:
 def score_checkpoint(args: Args) -> None:
     """Score, print, write all files. Several processes share the scoring; the rest is the first one's."""
     stored = read_student(args.ckpt)
+    if "trunk" in stored["config"]:
+        return score_captions(args, stored)
     source = args.data or stored.get("provenance", {}).get("data")
     if source is None:
         raise ValueError(f"{args.ckpt} does not say what it was trained on; name it with --data")

@@ -439,6 +439,11 @@ class Student(nn.Module):
                              f"{', '.join(self.contexts) or 'none'}")
         return torch.tensor([self.contexts.index(name) for name in names])
 
+    def hear(self, ids: Tensor) -> Tensor | None:
+        """Look up the embeddings (R, D) of contexts (R,); None where no block hears any."""
+        tables = [e for k in ("teacher_embed", "task_embed") if (e := getattr(self, k, None)) is not None]
+        return torch.cat(tables)[ids.to(self.mean.device, non_blocking=True)] if tables else None
+
     def distill(self, images: Tensor, teacher_ids: Tensor) -> dict[str, list[Tensor]]:
         """Imitate teachers: {teacher: 4 x (B_t, D_t, h, w)}, rows in batch order.
 
@@ -541,9 +546,7 @@ class Prism(Student):
         lie on the host spare a GPU the waiting.
         """
         x, levels, routes = self.embed(images), [], []  # (B, N, D)
-        tables = [e for e in (self.teacher_embed, self.task_embed) if e is not None]
-        ids = torch.stack(list(contexts), 1).flatten()  # (R,)
-        heard = torch.cat(tables)[ids.to(x.device, non_blocking=True)] if tables else None
+        heard = self.hear(torch.stack(list(contexts), 1).flatten())  # (R, D)
         for i, block in enumerate(self.blocks):
             if self.routed and i in self.cfg.moe_blocks:
                 x, route = block(x, heard)  # (R, N, D) from the first one on
@@ -715,7 +718,9 @@ STUDENTS = {"prism": Prism, "sak": SAK} | dict.fromkeys(CONTROLS, Prism)
 
 
 def build(cfg: PrismConfig) -> Student:
-    """Make the new student that cfg describes. Raises ValueError."""
+    """Make the new student, or Prismer, that cfg describes. Raises ValueError."""
+    if isinstance(cfg, PrismerConfig):
+        return Prismer(cfg)
     check_config(cfg)
     return STUDENTS[cfg.student](cfg)
 
@@ -757,6 +762,252 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
         cfg, routed = block.router.cfg, sum(p.numel() for p in block.experts.parameters())
         idle += routed // cfg.experts * (cfg.experts - cfg.top_k)
     return total, total - idle
+
+
+# -------------------------------------------------------------------------------------------- Prismer
+# "Prismer" (TMLR 2024, arXiv 2303.02506) captions a photo and reads, beside it, the maps that other networks
+# draw of it. There these are six experts; here one frozen student draws all maps, and is the trunk as well.
+
+SEMANTIC = 64  # channels of a map of classes
+FINAL = {  # kind of task -> the map that is scored and read, (B, H, W [, 3]), of raw outputs (B, C, H, W)
+    "classes": lambda x: x.argmax(1),
+    "mask": lambda x: x.softmax(1)[:, 1],
+    "edge": lambda x: x[:, 0].sigmoid(),
+    "normals": lambda x: F.normalize(x, dim=1).permute(0, 2, 3, 1),
+    "number": lambda x: x[:, 0],
+}
+
+
+@dataclass(frozen=True)
+class PrismerConfig:
+    """Describe a Prismer completely; stored in its checkpoint. Defaults are the base model's."""
+
+    trunk: PrismConfig  # the student
+    words: tuple[str, ...]  # the vocabulary, by token id
+    merges: tuple[str, ...] = ()  # byte pairs, in the order in which they merge; none: tokens are words
+    maps: tuple[str, ...] = ()  # tasks whose maps are read; none: PrismerZ
+    latents: int = 64  # tokens into which the resampler sums up all maps
+    resampler: int = 4  # its blocks
+    dim: int = 768  # width D of the decoder
+    depth: int = 12  # its layers, but for the output layer
+    heads: int = 12
+    positions: int = 514  # rows of its position table; the first two stay unused
+    dropout: float = 0.1
+    prefix: str = ""  # how every caption begins; no part of the loss
+
+
+class Adaptor(nn.Module):
+    """W_u ReLU(W_d z)^2, without a bottleneck; `norm` is for z in the trunk, for the sum in the decoder."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.down, self.up, self.norm = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.LayerNorm(dim)
+        nn.init.normal_(self.up.weight, std=1e-3)  # near zero, as the paper says; its code: torch's default
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.up(F.relu(self.down(z)).square())
+
+
+class Stem(nn.Sequential):
+    """Five convolutions that make tokens of a task's map; of classes, at a quarter of the others' pixels."""
+
+    def __init__(self, task: str, cfg: PrismConfig):
+        kind, D, layers = data.TASKS[task].kind, cfg.dim, []
+        channels, self.side, strides = {"normals": 3}.get(kind, 1), 16, (2, 2, 2, 2)
+        if kind == "classes":
+            channels, self.side, strides = SEMANTIC, 4, (2, 2, 1, 1)
+        for a, b, stride in zip((channels, D // 8, D // 4, D // 2), (D // 8, D // 4, D // 2, D), strides,
+                                strict=True):
+            layers += [nn.Conv2d(a, b, 3, stride, 1, bias=False), BatchNorm(b), nn.ReLU()]
+        super().__init__(*layers, nn.Conv2d(D, D, 1, bias=False))
+        self.kind, self.patch = kind, cfg.patch
+        if kind == "classes":
+            self.register_buffer("features", torch.zeros(cfg.tasks[task], SEMANTIC))
+
+    def forward(self, raw: Tensor) -> Tensor:
+        """Read a head's raw output (B, C, H, W), scaled per image: (B, D, H / patch, W / patch)."""
+        x, size = FINAL[self.kind](raw), [n * self.side // self.patch for n in raw.shape[-2:]]
+        if self.kind == "classes":
+            x = self.features[x].movedim(3, 1)  # (B, 64, H, W)
+        else:
+            x = x.movedim(3, 1) if x.ndim == 4 else x.unsqueeze(1)  # (B, 3 or 1, H, W)
+            low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
+            x = 2 * (x - low) / (high - low).clamp(min=1e-6) - 1
+        return super().forward(F.interpolate(x, size, mode="bilinear", align_corners=True))
+
+
+class ResamplerBlock(nn.TransformerEncoderLayer):
+    """Latents (B, L, D) look at themselves and at the tokens of all maps (B, M, D)."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim, 8, 4 * dim, batch_first=True)
+        self.norm3 = nn.LayerNorm(dim)
+
+    def forward(self, latents: Tensor, maps: Tensor) -> Tensor:
+        x = self.norm1(latents)
+        both = torch.cat([x, self.norm2(maps)], 1)  # (B, L + M, D)
+        latents = latents + self.self_attn(x, both, both, need_weights=False)[0]
+        return latents + self.linear2(F.relu(self.linear1(self.norm3(latents))).square())
+
+
+class TextLayer(nn.TransformerDecoderLayer):
+    """RoBERTa's post-norm block with cross-attention and, before the MLP, an adaptor."""
+
+    def __init__(self, cfg: PrismerConfig):
+        super().__init__(cfg.dim, cfg.heads, 4 * cfg.dim, cfg.dropout, batch_first=True)
+        self.multihead_attn = nn.MultiheadAttention(
+            cfg.dim, cfg.heads, cfg.dropout, kdim=cfg.trunk.dim, vdim=cfg.trunk.dim, batch_first=True)
+        self.adaptor = Adaptor(cfg.dim)
+
+    def forward(self, y: Tensor, seen: Tensor, future: Tensor) -> Tensor:
+        """Map y (B, T, D) that sees (B, M, w); future (T, T) is True where a token must not look."""
+        y = self.norm1(y + self._sa_block(y, future, None))
+        y = self.norm2(y + self._mha_block(y, seen, None, None))
+        y = self.adaptor.norm(y + self.adaptor(y))
+        return self.norm3(y + self.dropout3(self.linear2(F.gelu(self.linear1(y)))))
+
+
+class Decoder(nn.Module):
+    """RoBERTa, made to tell a caption's next token from those before it and from what the trunk saw."""
+
+    def __init__(self, cfg: PrismerConfig):
+        super().__init__()
+        V, D = len(cfg.words), cfg.dim
+        self.words, self.places, self.kind = (nn.Embedding(rows, D) for rows in (V, cfg.positions, 1))
+        self.norm, self.drop = nn.LayerNorm(D), nn.Dropout(cfg.dropout)
+        self.blocks = nn.ModuleList(TextLayer(cfg) for _ in range(cfg.depth))
+        self.output = nn.TransformerEncoderLayer(D, cfg.heads, 4 * D, cfg.dropout, "gelu", batch_first=True)
+        self.head = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.LayerNorm(D))
+        self.bias = nn.Parameter(torch.zeros(V))
+        for name, p in self.named_parameters():
+            if p.ndim > 1 and "adaptor.up" not in name:
+                nn.init.normal_(p, std=0.02 * (768 / D) ** 0.5)  # RoBERTa's 0.02 at the base width
+
+    def forward(self, tokens: Tensor, seen: Tensor) -> Tensor:
+        """Return logits (B, T, V) of what follows each of tokens (B, T) int64; padding is on the right."""
+        known, T = tokens != data.PAD, tokens.shape[1]
+        places = self.places(known.cumsum(1) * known + data.PAD)  # counted from 2, as RoBERTa does
+        y = self.drop(self.norm(self.words(tokens) + places + self.kind.weight))  # (B, T, D)
+        future = torch.ones(T, T, dtype=torch.bool, device=y.device).triu(1)  # padding is future, too
+        for block in self.blocks:
+            y = block(y, seen, future)
+        return F.linear(self.head(self.output(y, future)), self.words.weight, self.bias)
+
+
+class Prismer(nn.Module):
+    """A captioner around a frozen student: all but the student's own weights is trained."""
+
+    def __init__(self, cfg: PrismerConfig):
+        super().__init__()
+        D, patch = cfg.trunk.dim, cfg.trunk.patch
+        self.cfg, self.student, self.text = cfg, build(cfg.trunk), Decoder(cfg)
+        self.contexts, self.tokenizer = self.student.contexts, data.Tokenizer(cfg.words, cfg.merges)
+        self.start = [data.START, *self.tokenizer.encode(cfg.prefix)]  # no part of the loss
+        self.rgb = nn.Conv2d(3, D, patch, patch, bias=False)
+        self.pos = nn.Parameter(torch.zeros(1, math.prod(cfg.trunk.grid), D))
+        self.stems = nn.ModuleDict({task: Stem(task, cfg.trunk) for task in cfg.maps})
+        if cfg.maps:
+            self.latents = nn.Parameter(torch.randn(1, cfg.latents, D) * D**-0.5)
+            self.resampler = nn.ModuleList(ResamplerBlock(D) for _ in range(cfg.resampler))
+        self.norm_pre, self.norm_post = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.adaptors = nn.ModuleList(Adaptor(D) for _ in self.student.blocks)
+
+    def train(self, mode: bool = True) -> "Prismer":
+        """Switch the mode of all but the student, which stays as it is scored."""
+        super().train(mode)
+        self.student.eval()
+        return self
+
+    def freeze(self, language: bool) -> None:
+        """Freeze the student; language: and what RoBERTa has in its layers, as the paper pre-trains."""
+        for name, p in self.named_parameters():
+            roberta = re.match(r"text\.blocks\.\d+\.(self_attn|norm[13]|linear)", name)
+            p.requires_grad = not (name.startswith("student.") or (language and roberta))
+
+    @torch.no_grad()
+    def start_from(self, student: Student, classes: dict[str, Sequence[str]]) -> None:
+        """Take over a student; classes: the names that its tasks' classes have.
+
+        A class becomes the first 64 principal components of the mean word embeddings of all names, of norm 6
+        on average (the reference: of CLIP's text embeddings).
+        """
+        self.student.load_state_dict(student.state_dict())
+        self.rgb.weight.copy_(student.patch_embed.weight)
+        self.pos.copy_(student.pos_embed[:, 1:] + student.patch_embed.bias)
+        for task, stem in self.stems.items():
+            if stem.kind == "classes":
+                names = classes.get(task) or map(str, range(len(stem.features)))
+                ids = (self.tokenizer.encode(f" {name}") for name in names)
+                x = torch.stack([self.text.words.weight[i].mean(0) for i in ids])  # (classes, D)
+                u, s, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+                x = (u * s)[:, :SEMANTIC]
+                stem.features[:, : x.shape[1]] = 6 * x / x.norm(dim=1).mean()
+
+    def see(self, images: Tensor) -> Tensor:
+        """Look at RGB in [0, 1] (B, 3, H, W), of the trunk's size, and at the student's maps of it.
+
+        Returns all that the decoder reads, (B, h * w + latents, D).
+        """
+        student = self.student
+        with torch.no_grad():  # without adaptors, else training would change its own input
+            raw = student.predict(images, self.cfg.maps) if self.cfg.maps else {}
+        drawn = [self.rgb((images - student.mean) / student.std)]  # (B, D, h, w) each; positions are the
+        drawn += [stem(raw[task]) for task, stem in self.stems.items()]  # same, stems tell maps apart
+        z, *rest = (rearrange(x, "b d h w -> b (h w) d") + self.pos for x in drawn)
+        if rest:
+            latents, rest = self.latents.expand(len(z), -1, -1), torch.cat(rest, 1)
+            for block in self.resampler:
+                latents = block(latents, rest)
+            z = torch.cat([z, latents], 1)  # (B, h * w + latents, D)
+        clip = next((c for c in self.contexts if "clip" in c), self.contexts[0])  # the paper's trunk
+        z, context = self.norm_pre(z), student.hear(student.context_ids(clip, len(z)))
+        for block, adaptor in zip(student.blocks, self.adaptors, strict=True):
+            z = z + block.attn(block.norm1(z))
+            z = z + adaptor(adaptor.norm(z))
+            dual = isinstance(block, DualStreamBlock)
+            z = block.streams(z, context)[0] if dual else z + block.mlp(block.norm2(z))
+        return self.norm_post(z)
+
+    def encode(self, text: str) -> Tensor:
+        """Return the tokens (T,) int64 of a caption: <s>, prefix, text, </s>."""
+        ids = self.tokenizer.encode(f" {text}" if self.cfg.prefix else text)
+        return torch.tensor([*self.start, *ids][: self.cfg.positions - 3] + [data.END])
+
+    def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
+        """Return logits (B, T, V) of what follows each of tokens (B, T) int64, given RGB in [0, 1]."""
+        return self.text(tokens, self.see(images))
+
+    @torch.inference_mode()
+    def caption(self, images: Tensor, beams: int = 3) -> list[str]:
+        """Caption RGB in [0, 1] (B, 3, H, W) by beam search (1: greedily), the same every time."""
+        seen = self.eval().see(images).repeat_interleave(beams, 0)
+        found = beam_search(lambda tokens: self.text(tokens.to(seen.device), seen)[:, -1].float().cpu(),
+                            self.start, len(images), beams, self.cfg.positions - 2)
+        return [self.tokenizer.decode(ids) for ids in found.tolist()]
+
+
+def beam_search(score: Callable[[Tensor], Tensor], start: Sequence[int], images: int, beams: int,
+                most: int) -> Tensor:
+    """Find the tokens after `start` of the best mean log-probability, </s> included: (images, T) int64.
+
+    score maps tokens (images * beams, T) to logits of the next one (images * beams, V). A caption that has
+    ended keeps its beam until `beams` better ones push it out. most: tokens of a whole caption.
+    """
+    tokens, length = torch.tensor(start).repeat(images * beams, 1), torch.zeros(images * beams)
+    total = torch.tensor([0.0] + [-math.inf] * (beams - 1)).repeat(images)  # they start alike: one counts
+    while tokens.shape[1] < most:
+        ended = torch.isin(tokens[:, -1], torch.tensor([data.END, data.PAD]))
+        if ended.all():
+            break
+        logp = score(tokens).log_softmax(-1)  # (images * beams, V)
+        logp[:, data.PAD] = logp[ended] = -math.inf
+        logp[ended, data.PAD] = 0.0
+        length, sums, V = length + ~ended, total[:, None] + logp, logp.shape[1]
+        at = (sums / length[:, None]).view(images, -1).topk(beams).indices  # (images, beams), the best first
+        rows = (beams * torch.arange(images)[:, None] + at // V).flatten()
+        total, length = sums.view(images, -1).gather(1, at).flatten(), length[rows]
+        tokens = torch.cat([tokens[rows], at.view(-1, 1) % V], 1)
+    return tokens[::beams, len(start):]
 
 
 # ----------------------------------------------------------------------------------- what makes it fast
@@ -997,7 +1248,10 @@ def is_student(path: str | Path) -> bool:
 def config_from(stored: dict, path: str | Path) -> PrismConfig:
     """Rebuild the config that a checkpoint stores as plain values. Raises ValueError."""
     try:
-        cfg = PrismConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
+        plain = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
+        if "trunk" in plain:
+            return PrismerConfig(**plain | {"trunk": config_from(plain["trunk"], path)})
+        cfg = PrismConfig(**plain)
         check_config(cfg)
     except (TypeError, ValueError) as error:
         raise ValueError(f"checkpoint {path}: {error}; was it written by another version?") from None
@@ -1005,7 +1259,7 @@ def config_from(stored: dict, path: str | Path) -> PrismConfig:
 
 
 def load(path: str | Path, device: str = "cpu", grid: tuple[int, int] | None = None) -> Student:
-    """Load a student in eval mode: a checkpoint of ours, or a released one of PRISM or SAK.
+    """Load a student, or a Prismer, in eval mode: a checkpoint of ours, or a released one of PRISM or SAK.
 
     grid (h, w) in patches: resize the position table to it; a released one of just so many patches does
     not say its rows and columns, and is taken to be of this grid. Raises OSError or ValueError.
@@ -1013,7 +1267,7 @@ def load(path: str | Path, device: str = "cpu", grid: tuple[int, int] | None = N
     content = read_checkpoint(path, grid)
     model = build(config_from(content["config"], path))
     load_strict(model, content["model"], path)
-    if grid is not None and tuple(grid) != model.cfg.grid:
+    if grid is not None and isinstance(model, Student) and tuple(grid) != model.cfg.grid:
         model.pos_embed = nn.Parameter(resize_pos(model.pos_embed.data, model.cfg.grid, tuple(grid)))
         model.cfg = replace(model.cfg, grid=tuple(grid))
     model.provenance = content.get("provenance", {})

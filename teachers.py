@@ -595,11 +595,11 @@ def repo_folder(repo: str, revision: str = "main") -> Path:
     return data.cache_folder() / "hub" / repo.replace("/", "--") / revision.replace("/", "--")
 
 
-def fetch_repo(repo: str, revision: str = "main", sha256: str | None = None) -> Path:
+def fetch_repo(repo: str, revision: str = "main", sha256: str | None = None, more: tuple = ()) -> Path:
     """Return the cache folder of a hub repo with its weights and configs, downloading what is missing.
 
-    sha256: of the weights. A folder that has one of WEIGHTS is taken as it is, so that it may be filled by
-    hand. Raises FileNotFoundError, and as `download` does.
+    sha256: of the weights; more: other files wanted. A folder that has one of WEIGHTS is taken as it is, so
+    that it may be filled by hand. Raises FileNotFoundError, and as `download` does.
     """
     folder = repo_folder(repo, revision)
     folder.mkdir(parents=True, exist_ok=True)
@@ -609,7 +609,7 @@ def fetch_repo(repo: str, revision: str = "main", sha256: str | None = None) -> 
             return folder
         endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
         base = f"{endpoint}/{repo}/resolve/{quote(revision, safe='')}"
-        for name in SIDECARS:
+        for name in (*SIDECARS, *more):
             (folder / name).exists() or download(f"{base}/{name}", folder / name)
         for name in WEIGHTS:
             if facts := download(f"{base}/{name}", folder / name, sha256):
@@ -675,6 +675,42 @@ def transfer(url: str, part: Path) -> dict | None:
         hub = (response.history or [response])[0].headers  # a store behind it means something else by an ETag
     digest = re.search("[0-9a-f]{64}", hub.get("X-Linked-Etag") or hub.get("ETag") or "")
     return {"commit": hub.get("X-Repo-Commit"), "sha256": digest and digest[0]}
+
+
+# ------------------------------------------------------------------------------------- text decoders
+
+ROBERTA = Layout("RoBERTa", "", "roberta.encoder.layer.#", {
+    "words": "roberta.embeddings.word_embeddings", "places": "roberta.embeddings.position_embeddings",
+    "kind": "roberta.embeddings.token_type_embeddings", "norm": "roberta.embeddings.LayerNorm",
+    "self_attn.in_proj": ".attention.self.query .attention.self.key .attention.self.value",
+    "self_attn.out_proj": ".attention.output.dense", "norm1": ".attention.output.LayerNorm",
+    "linear1": ".intermediate.dense", "linear2": ".output.dense", "norm3": ".output.LayerNorm",
+    "head.0": "lm_head.dense", "head.2": "lm_head.layer_norm", "bias": "lm_head.bias"}, {}, "roberta")
+
+
+def read_decoder(name: str) -> tuple[Weights, dict]:
+    """Read RoBERTa from the hub or a folder: weights by our names, and fields of prism.PrismerConfig.
+
+    Of a released Prismer, what it has of RoBERTa: the rest belongs to its trunk. Raises ValueError, OSError.
+    """
+    source = f"FacebookAI/{name}" if name in ("roberta-base", "roberta-large") else name
+    check_source(source)
+    if not Path(source).exists():
+        source = str(fetch_repo(source, more=("vocab.json", "merges.txt")))
+    weights = read_source(source)
+    file, hints, _, path = weights
+    tokenizer, released = data.read_tokenizer(path.parent), any(k.startswith("text_decoder.") for k in file)
+    layout = ROBERTA._replace(block=f"{ROBERTA.block}.0") if released else ROBERTA
+    state, odd = rename(file, layout, "text_decoder." * released)
+    state = {key.replace("in_proj.", "in_proj_"): value for key, value in state.items()}
+    state |= {key: file[key] for key in odd if not released}
+    if len(state.get("words.weight", ())) != len(tokenizer.words) or "places.weight" not in state:
+        raise ValueError(f"{path} is no RoBERTa of the {len(tokenizer.words)} words in vocab.json; name one "
+                         "that is")
+    positions, dim = state["places.weight"].shape
+    return weights._replace(tensors=state), {
+        "words": tokenizer.words, "merges": tokenizer.merges, "dim": dim, "positions": positions,
+        "heads": hints.get("heads", dim // 64), "depth": sum(key.endswith("norm3.bias") for key in state)}
 
 
 # ---------------------------------------------------------------------------------------------- toys

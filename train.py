@@ -3,6 +3,7 @@
     python train.py                                                   # both stages, toy size, CPU or GPU
     torchrun --nproc_per_node=8 train.py --stage deconstruct          # eight GPUs, or CPU processes
     torchrun --nproc_per_node=8 train.py --stage recompose            # goes on from out/deconstruct.pt
+    python train.py --stage caption                                   # Prismer, around out/prism.pt
 
 One loop serves every stage: a stage is a recipe (STAGES) and the loss terms that its batches feed.
 `--batch-size` counts the images of a step over all processes. Order, augmentation, teachers and noise depend
@@ -53,7 +54,7 @@ import teachers
 class Args:
     """Train PRISM. Defaults run the whole road on the rendered world in minutes."""
 
-    stage: Literal["all", "deconstruct", "recompose"] = "all"  # all: deconstruct, then recompose
+    stage: Literal["all", "deconstruct", "recompose", "caption"] = "all"  # all: deconstruct, then recompose
     size: Literal["toy", "small", "base", "large"] | None = None  # default: stage 1's, or toy
     student: Literal["prism", "sak", "dense", "wide", "moe"] | None = None  # sak: the baseline; then controls
     without: tuple[Literal["anchor", "shared", "film", "context"], ...] = ()  # ablate parts of prism
@@ -71,6 +72,11 @@ class Args:
     tasks: tuple[str, ...] = ()  # default: all that the data has
     image_size: tuple[int, ...] | None = None  # side, or height and width, pixels (default: the recipe's)
 
+    decoder: str = "toy"  # of caption: toy, roberta-base, roberta-large, OWNER/NAME on the hub, or a folder
+    caption_experts: tuple[str, ...] = ("depth", "normals", "edge", "sal", "semseg")  # maps that it reads
+    prismer_z: bool = False  # it reads no maps: the control
+    prefix: str = ""  # how all captions begin, such as "A picture of"; no part of the loss
+
     steps: int | None = None  # optimizer updates per stage (default: the recipe's)
     epochs: float | None = None  # the same as passes over the data
     batch_size: int | None = None  # images per step over all processes (default: the recipe's)
@@ -79,7 +85,7 @@ class Args:
     weight_decay: float | None = None  # on matrices (default: the recipe's)
     distill_weight: float = 1.0  # mu, weight of the distillation terms beside the tasks in recompose
     distill: bool = True  # --no-distill: recompose without teachers and from random weights, or --init
-    freeze: Literal["trunk"] | None = None  # recompose: train heads and task embeddings alone, no teachers
+    freeze: Literal["trunk", "vision", "both"] | None = None  # recompose: trunk; caption: vision, RoBERTa too
 
     out_dir: Path = Path("out")  # checkpoints and log.jsonl
     init: str | None = None  # checkpoint or timm ViT: augreg-s, FILE, ... (recompose: OUT_DIR/deconstruct.pt)
@@ -96,14 +102,14 @@ class Args:
 
     def stages(self) -> list[str]:
         """List the stages to run, in order."""
-        return list(STAGES) if self.stage == "all" else [self.stage]
+        return ["deconstruct", "recompose"] if self.stage == "all" else [self.stage]
 
 
 class Stage(NamedTuple):
     """A stage's recipe."""
 
     checkpoint: str  # file in out_dir
-    view: Literal["distill", "multitask"]  # augmentation
+    view: Literal["distill", "multitask", "caption"]  # augmentation; caption: none
     image_size: tuple[int, int]  # height and width, pixels
     steps: int  # optimizer updates; 0: as many as `epochs` make
     epochs: float  # passes over the data; 0: `steps` count
@@ -123,6 +129,10 @@ ON_IMAGES = Stage(
 ON_PASCAL = Stage(
     "prism.pt", "multitask", image_size=(512, 512), steps=40_000, epochs=0, batch_size=6, lr=2e-5,
     lr_batch=1, lr_pretrained=1.0, weight_decay=1e-6, warmup=0.0, decay="poly", clip=10.0)
+ON_CAPTIONS = Stage(
+    "prismer.pt", "caption", image_size=(480, 480), steps=0, epochs=3, batch_size=256, lr=5e-5, lr_batch=1,
+    lr_pretrained=1.0, weight_decay=0.05, warmup=0.0, decay="cosine", clip=math.inf)
+TOY = {"dim": 96, "depth": 2, "heads": 4, "positions": 130, "latents": 8, "resampler": 2, "dropout": 0.0}
 STAGES = {  # stage -> kind of data -> recipe: the paper's, but the rendered world's, which takes minutes
     "deconstruct": {
         "world": ON_IMAGES._replace(image_size=(64, 64), steps=350, epochs=0, batch_size=32, lr=3e-3,
@@ -135,6 +145,11 @@ STAGES = {  # stage -> kind of data -> recipe: the paper's, but the rendered wor
         "folder": ON_PASCAL._replace(image_size=(384, 384), steps=0, epochs=100),  # a guess
         "pascal": ON_PASCAL,
         "nyud": ON_PASCAL._replace(image_size=(448, 576), batch_size=12),
+    },
+    "caption": {
+        "world": ON_CAPTIONS._replace(image_size=(64, 64), steps=900, epochs=0, batch_size=4, lr=2e-3,
+                                      lr_pretrained=0.1, warmup=0.1),
+        "captions": ON_CAPTIONS, "folder": ON_CAPTIONS,
     },
 }
 
@@ -254,7 +269,12 @@ def check_args(args: Args) -> None:
     patch, (_, processes) = prism.SIZES[args.size or "toy"].patch, process_place()
     passes = args.accumulate or 1
     parts = processes * passes
-    if args.distill:
+    if args.freeze and args.stage != ("recompose" if args.freeze == "trunk" else "caption"):
+        raise ValueError(f"--freeze {args.freeze} is not for --stage {args.stage}: recompose takes trunk, "
+                         "caption vision or both")
+    if args.stage == "caption":
+        args.distill = False
+    elif args.distill:
         teachers.name_sources(args.teachers)
     elif args.stage != "recompose":
         raise ValueError(f"--no-distill leaves nothing to {args.stage}; add --stage recompose")
@@ -275,8 +295,9 @@ def check_args(args: Args) -> None:
     source, own = init_source(args, first), args.out_dir / choose_recipe(args, first).checkpoint
     begun = own.exists() and not args.fresh
     if source and source.endswith(".pt") and not (begun or Path(source).is_file()):
+        before = "recompose" if first == "caption" else "deconstruct"
         raise FileNotFoundError(f"checkpoint {source} does not exist; name one with --init, or make it with "
-                                "--stage deconstruct")
+                                f"--stage {before}")
 
 
 SWITCHES = ("student", "without", "experts", "top_k", "expert_ratio", "gate_start", "projector", "recompose")
@@ -288,8 +309,9 @@ def inherit(args: Args) -> dict:
     Returns their checkpoint without weights, {} if there is none.
     """
     stored = {}
-    for path in (init_source(args, "recompose"), args.out_dir / ON_PASCAL.checkpoint):
-        if not stored and path and args.stage == "recompose" and prism.is_student(path):
+    begun = args.out_dir / ON_PASCAL.checkpoint
+    for path in (init_source(args, args.stage), begun) if args.stage in ("recompose", "caption") else ():
+        if not stored and path and prism.is_student(path):
             stored = prism.read_checkpoint(path)
     cfg = prism.config_from(stored["config"], path) if stored else prism.SIZES[args.size or "toy"]
     shape = (cfg.dim, cfg.depth, cfg.patch)
@@ -302,7 +324,7 @@ def inherit(args: Args) -> dict:
         name if was.get("kind") == "toy" else f"{name}={was['source']}" for name, was in found.items()
     ) or tuple(teachers.TOYS)
     args.distill = args.distill and not args.freeze
-    return {k: stored[k] for k in ("config", "provenance") if k in stored}
+    return {k: stored[k] for k in ("config", "provenance") if k in stored and args.stage == "recompose"}
 
 
 def init_source(args: Args, name: str) -> str | None:
@@ -310,6 +332,8 @@ def init_source(args: Args, name: str) -> str | None:
     source = args.init if args.stage != "all" or name == "deconstruct" else None
     if source is None and name == "recompose" and (args.distill or args.freeze):
         source = str(args.out_dir / ON_IMAGES.checkpoint)
+    if source is None and name == "caption":
+        source = str(args.out_dir / ON_PASCAL.checkpoint)
     return source
 
 
@@ -348,7 +372,7 @@ def label_channels(args: Args, dataset: data.Samples) -> dict[str, int]:
 
 NEW = {  # view of a stage -> what its initial weights do not bring
     "distill": r"blocks\.\d+\.(gate|shared|router|experts)|teacher_e|projectors|adapters|out_norm|aligners",
-    "multitask": "task_embed|heads|mixers"}
+    "multitask": "task_embed|heads|mixers", "caption": "(?!rgb|pos)"}
 
 
 def build_optimizer(student: nn.Module, stage: Stage, pretrained: bool) -> torch.optim.AdamW:
@@ -357,9 +381,7 @@ def build_optimizer(student: nn.Module, stage: Stage, pretrained: bool) -> torch
     pretrained: all but NEW came with initial weights and learns at stage.lr_pretrained times the rate.
     """
     groups = {}
-    for name, p in student.named_parameters():
-        if not p.requires_grad:
-            continue
+    for name, p in ((name, p) for name, p in student.named_parameters() if p.requires_grad):
         vector = p.ndim < 2 or name.endswith((".b1", ".b2", "embed", "token"))
         factor = stage.lr_pretrained if pretrained and not re.match(NEW[stage.view], name) else 1.0
         group = {"params": [], "weight_decay": 0.0 if vector else stage.weight_decay, "factor": factor}
@@ -544,6 +566,19 @@ def loss_terms(out: prism.Output, targets: dict, batch: dict, cfg: prism.PrismCo
     return terms
 
 
+def caption_terms(logits: Tensor, tokens: Tensor, start: int) -> tuple[dict, dict[str, Tensor]]:
+    """Prismer's loss: cross-entropy smoothed by 0.1, summed over a caption, mean over captions.
+
+    logits (B, T, V) of what follows each of tokens (B, T) int64; these count from `start` on, padding not.
+    Returns the term as `loss_terms` does, and for the log the plain nats per token.
+    """
+    logits, tokens = logits[:, start - 1 : -1].float(), tokens[:, start:]
+    smoothed, plain = (F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), ignore_index=data.PAD,
+                                       reduction="sum", label_smoothing=share) for share in (0.1, 0.0))
+    return ({"caption": (1.0, over_all(smoothed, float(len(tokens))))},
+            {"nll": over_all(plain.detach(), (tokens != data.PAD).sum())})
+
+
 # ------------------------------------------------------------------------------------------------- log
 
 
@@ -658,14 +693,48 @@ def check_same_run(path: Path, stored: dict, ours: dict) -> None:
 # ------------------------------------------------------------------------------------------------ main
 
 
+
+def build_prismer(args: Args, source: str | Path, pairs: data.Captioned) -> tuple[prism.Prismer, str]:
+    """Make a Prismer of a student's checkpoint and a decoder; returns it and what it is made of.
+
+    Raises ValueError or OSError.
+    """
+    given = prism.read_checkpoint(source)
+    patch = given["config"].get("trunk", given["config"])["patch"]
+    trunk = prism.load(source, grid=tuple(n // patch for n in pairs.size))
+    trunk = getattr(trunk, "student", trunk)  # where this run began is gone: what it has saved will do
+    maps, classes = () if args.prismer_z else args.caption_experts, given["provenance"]["classes"]
+    if lost := [task for task in maps if task not in trunk.cfg.tasks]:
+        raise ValueError(f"{source} draws no {', '.join(lost)}; --caption-experts takes "
+                         f"{', '.join(trunk.cfg.tasks)}")
+    spoken = [args.prefix, *(f" {name}" for names in classes.values() for name in names)]
+    spoken += [space + text for texts in pairs.captions for text in texts for space in ("", " ")]
+    known = {chunk for text in spoken for chunk in data.chunks(text)}
+    decoder, sizes = None, TOY | {"words": (*data.SPECIAL, *sorted(known))}
+    if args.decoder != "toy":
+        decoder, sizes = teachers.read_decoder(args.decoder)
+    model = prism.Prismer(prism.PrismerConfig(trunk.cfg, maps=maps, prefix=args.prefix, **sizes))
+    report = "random weights"
+    if decoder:
+        new = [f"blocks.{i}.{part}" for i in range(model.cfg.depth)
+               for part in ("multihead_attn", "norm2", "adaptor")]
+        report = prism.load_strict(model.text, decoder.tensors, decoder.path, ("output.", *new),
+                                   ("roberta.pooler.", "roberta.embeddings.position_ids", "lm_head.decoder."))
+    model.start_from(trunk, classes)
+    model.freeze(args.freeze == "both")
+    pairs.encode = model.encode
+    return model, f"{Path(source).name}, {args.decoder} decoder ({report}), frozen: {args.freeze or 'vision'}"
+
+
 def place(args: Args, rt: Runtime, student: prism.Student) -> nn.Module:
     """Move the student to the device; compile or replicate it as the arguments say."""
     student.to(rt.device).train()
-    if args.freeze:
+    if args.freeze == "trunk":
         student.blocks.eval()  # no noise in its routers
     if rt.device.type == "cuda" if args.compile is None else args.compile:
         student.compile_parts()
-    for block in student.blocks if args.recompute else ():  # around the compiled one: it cannot look inside
+    blocks = getattr(student, "text", student).blocks
+    for block in blocks if args.recompute else ():  # around the compiled one: it cannot look inside
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     if rt.world_size > 1:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # 2.13 renames an argument
@@ -716,15 +785,20 @@ def begin(args: Args, rt: Runtime, name: str, taught: teachers.Teachers):
     given = prism.read_checkpoint(source) if ours else None
     official = (given or stored or {"config": {}})["config"].get("official", False)  # its arithmetic stays
     torch.manual_seed(args.seed)
-    student = prism.build(student_config(args, teachers=taught.widths, tasks=tasks, official=official,
-                                         grid=(height // patch, width // patch)))
-    for task in (task for task in tasks if data.TASKS[task].kind == "number"):  # heads start at the mean
-        y = torch.stack([dataset[i][task] for i in range(min(64, len(dataset)))])
-        nn.init.constant_(student.heads[task].last.bias, y[y != data.IGNORE].mean().nan_to_num())
-    origin, report = fill_student(student, source, given)
-    for key, p in student.named_parameters():
-        taught_alone = key.startswith(("projectors", "aligners")) and not taught.targets
-        p.requires_grad_(not (taught_alone or args.freeze and not re.match(NEW["multitask"], key)))
+    if name == "caption":
+        dataset = data.Captioned(dataset, stage.image_size)
+        student, origin = build_prismer(args, source or path, dataset)
+        report = f"{origin}, maps {' '.join(student.cfg.maps) or 'none'}"
+    else:
+        student = prism.build(student_config(args, teachers=taught.widths, tasks=tasks, official=official,
+                                             grid=(height // patch, width // patch)))
+        for task in (task for task in tasks if data.TASKS[task].kind == "number"):  # start at the mean
+            y = torch.stack([dataset[i][task] for i in range(min(64, len(dataset)))])
+            nn.init.constant_(student.heads[task].last.bias, y[y != data.IGNORE].mean().nan_to_num())
+        origin, report = fill_student(student, source, given)
+        for key, p in student.named_parameters():
+            idle = key.startswith(("projectors", "aligners")) and not taught.targets
+            p.requires_grad_(not (idle or args.freeze and not re.match(NEW["multitask"], key)))
     facts = {"stage": name, "seed": args.seed, "steps": stage.steps,
              "initial weights": stored["provenance"]["init"] if moved else origin,
              "data": args.data, "batch size": stage.batch_size, "lr": stage.lr,
@@ -732,7 +806,8 @@ def begin(args: Args, rt: Runtime, name: str, taught: teachers.Teachers):
              "decorr levels": args.decorr_levels, "every teacher": serves_all(args), "frozen": args.freeze,
              **{f"teacher {k}": [p.get(x) for x in ("sha256", "settings", "size")]
                 for k, p in taught.provenance.items()},
-             **{f"student's {k}": v for k, v in asdict(student.cfg).items()}}
+             **{f"student's {k}": v for k, v in asdict(student.cfg).items()
+                if k not in ("words", "merges")}}
     if stored:
         check_same_run(path, stored, facts)
         prism.load_strict(student, stored["model"], path)
@@ -764,7 +839,7 @@ def train_stage(args: Args, rt: Runtime, name: str, taught: teachers.Teachers) -
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": stored.pop("optimizer")["state"], "param_groups": groups})
     provenance = {"data": dataset.source, "classes": dataset.classes, "teachers": taught.provenance,
-                  "tasks": {task: data.TASKS[task]._asdict() for task in cfg.tasks},
+                  "tasks": {task: data.TASKS[task]._asdict() for task in getattr(cfg, "trunk", cfg).tasks},
                   "init": facts["initial weights"], "torch": str(torch.__version__), "run": facts}
 
     workers = args.workers
@@ -795,14 +870,19 @@ def train_stage(args: Args, rt: Runtime, name: str, taught: teachers.Teachers) -
                 alone = isinstance(model, DistributedDataParallel) and i < passes - 1
                 with model.no_sync() if alone else nullcontext():  # gradients are exchanged in the last pass
                     with rt.autocast():
-                        targets = taught.targets(part["image"], part["teacher"]) if taught.targets else {}
-                        out = model(part["image"], part.get("teacher"), tuple(cfg.tasks))
-                        mu = args.distill_weight if cfg.tasks else 1.0
-                        terms = loss_terms(out, targets, part, cfg, mu, args.decorr_levels, batch)
+                        if name == "caption":
+                            logits = model(part["image"], part["tokens"])
+                            terms, told = caption_terms(logits, part["tokens"], len(student.start))
+                        else:
+                            targets = taught.targets(part["image"], part["teacher"]) if taught.targets else {}
+                            out = model(part["image"], part.get("teacher"), tuple(cfg.tasks))
+                            mu = args.distill_weight if cfg.tasks else 1.0
+                            terms = loss_terms(out, targets, part, cfg, mu, args.decorr_levels, batch)
+                            told = routing_values(out.routes, cfg.moe_blocks)
                         loss = sum(weight * term for weight, term in terms.values())
                     (loss / passes).backward()
                 values.append({**{k: v.detach() for k, (_, v) in terms.items()}, "loss": loss.detach(),
-                               **routing_values(out.routes, cfg.moe_blocks)})
+                               **told})
             norm = nn.utils.clip_grad_norm_(student.parameters(), stage.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -878,8 +958,8 @@ def train(args: Args) -> None:
                 dist.barrier()  # the next stage reads the file on every rank
             if stopped:
                 sys.exit(128 + stopped)
-    if rt.rank == 0 and name == "recompose":
-        print(f"next: python eval.py --ckpt {args.out_dir / 'prism.pt'}")
+    if rt.rank == 0 and name != "deconstruct":
+        print(f"next: python eval.py --ckpt {args.out_dir / choose_recipe(args, name).checkpoint}")
     if rt.world_size > 1:
         dist.destroy_process_group()
 
