@@ -77,6 +77,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 warnings.filterwarnings("ignore", module="PIL")  # odd EXIF and palettes, by the thousand
+warnings.filterwarnings("ignore", message="torch.distributed.nn.functional")  # 2.13; its heir is private
 Image.MAX_IMAGE_PIXELS = 2**29  # telephones make 2e8
 
 # ------------------------------------------------------------------------------------ what every script needs
