@@ -1061,11 +1061,10 @@ def cider_d(found: Sequence[str], references: Sequence[Sequence[str]]) -> float:
 
 
 @torch.inference_mode()
-def score_captions(args: "Args", stored: dict) -> None:
+def score_captions(args: "Args", source: str) -> None:
     """Score a Prismer: plain nats per token, CIDEr-D and facts of its captions; draw some."""
     model = prism.load(args.ckpt, prism.choose_device(args.device))
-    trunk = model.cfg.trunk
-    source, size = args.data or stored["provenance"]["data"], tuple(n * trunk.patch for n in trunk.grid)
+    size = tuple(n * model.cfg.trunk.patch for n in model.cfg.trunk.grid)
     pairs = data.Captioned(data.open_data(source, args.split, size=size), size, model.encode)
     nats, count, first = 0.0, 0, len(model.start)
     for start in data.track(range(0, len(pairs), args.batch_size), "captions", len(pairs) // args.batch_size):
@@ -1347,11 +1346,11 @@ def score_files(args: Args) -> None:
 def score_checkpoint(args: Args) -> None:
     """Score, print, write all files. Several processes share the scoring; the rest is the first one's."""
     stored = read_student(args.ckpt)
-    if "trunk" in stored["config"]:
-        return score_captions(args, stored)
     source = args.data or stored.get("provenance", {}).get("data")
     if source is None:
         raise ValueError(f"{args.ckpt} does not say what it was trained on; name it with --data")
+    if "trunk" in stored["config"]:
+        return score_captions(args, source)
     cfg, rt = prism.config_from(stored["config"], args.ckpt), train.start_runtime(args.device)
     options = {}
     if source.partition(":")[0] in ("folder", *data.UNLABELLED):  # of all sizes: fit the student's

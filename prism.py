@@ -912,6 +912,11 @@ class Prismer(nn.Module):
         self.norm_pre, self.norm_post = nn.LayerNorm(D), nn.LayerNorm(D)
         self.adaptors = nn.ModuleList(Adaptor(D) for _ in self.student.blocks)
 
+    def compile_parts(self) -> None:
+        """Compile the decoder's layers one by one."""
+        for block in self.text.blocks:
+            block.forward = torch.compile(block.forward)
+
     def train(self, mode: bool = True) -> "Prismer":
         """Switch the mode of all but the student, which stays as it is scored."""
         super().train(mode)

@@ -703,7 +703,8 @@ def build_prismer(args: Args, source: str | Path, pairs: data.Captioned) -> tupl
     patch = given["config"].get("trunk", given["config"])["patch"]
     trunk = prism.load(source, grid=tuple(n // patch for n in pairs.size))
     trunk = getattr(trunk, "student", trunk)  # where this run began is gone: what it has saved will do
-    maps, classes = () if args.prismer_z else args.caption_experts, given["provenance"]["classes"]
+    maps = () if args.prismer_z else args.caption_experts
+    classes = given.get("provenance", {}).get("classes", {})
     if lost := [task for task in maps if task not in trunk.cfg.tasks]:
         raise ValueError(f"{source} draws no {', '.join(lost)}; --caption-experts takes "
                          f"{', '.join(trunk.cfg.tasks)}")
