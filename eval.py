@@ -1068,7 +1068,7 @@ def score_captions(args: "Args", source: str) -> None:
     pairs = data.Captioned(data.open_data(source, args.split, size=size), size, model.encode)
     nats, count, first = 0.0, 0, len(model.start)
     for start in data.track(range(0, len(pairs), args.batch_size), "captions", len(pairs) // args.batch_size):
-        batch = pairs.collate([pairs[i] for i in range(start, min(start + args.batch_size, len(pairs)))])
+        batch = pairs.collate([pairs[i] for i in range(len(pairs))[start : start + args.batch_size]])
         images, tokens = batch["image"].to(model.pos.device), batch["tokens"].to(model.pos.device)
         known = (tokens[:, first:] != data.PAD).sum().item()
         nats += known * train.caption_terms(model(images, tokens), tokens, first)[1]["nll"].item()
@@ -1081,9 +1081,8 @@ def score_captions(args: "Args", source: str) -> None:
     true = [texts[0] for texts in references]
     scores = {how: {"CIDEr-D": cider_d(own, references), **score_facts(own, true)}
               for how, own in found.items()}
-    prism.show(f"{args.split}: {nats / count:.4f} nats per token over {len(pairs)} images; captions of "
-               f"{len(true)}", {name: {how: row[name] for how, row in scores.items()}
-                                for name in scores["greedy"]})
+    prism.show(f"{args.split}: {nats / count:.4f} nats per token of {len(pairs)} images; {len(true)} told",
+               {name: {how: row[name] for how, row in scores.items()} for name in scores["greedy"]})
     panel = draw_captions(model, images[:6], {"caption": found["beam 3"], "truth": true})
     results = {"checkpoint": args.ckpt.name, "data": source, "split": args.split, "images": len(pairs),
                "nats per token": nats / count, "scores": scores, "captions": found, "truth": references}
@@ -1205,7 +1204,7 @@ def photo_input(photo: np.ndarray, side: int, cfg: prism.PrismConfig) -> tuple[T
 
 def draw_photos(args: "Args", device) -> None:
     """Write a panel per photo of --image, or of each image in a folder; also raw maps and features."""
-    stored, model = read_student(args.ckpt), prism.load(args.ckpt, device)
+    stored, model = prism.read_checkpoint(args.ckpt), prism.load(args.ckpt, device)
     captioner = model if isinstance(model, prism.Prismer) else None
     model = captioner.student if captioner else model
     out_dir, cfg = args.out_dir or args.ckpt.parent, model.cfg
@@ -1273,14 +1272,6 @@ class Args:
     debug: bool = False  # full traceback on errors
 
 
-def read_student(path: Path) -> dict:
-    """Read a checkpoint; the tasks of its data's own are known from then on."""
-    stored = prism.read_checkpoint(path)
-    for task, row in stored.get("provenance", {}).get("tasks", {}).items():
-        data.TASKS.setdefault(task, data.Task(**row))
-    return stored
-
-
 def choose_tasks(asked: Sequence[str], heads: dict[str, int], dataset) -> list[str]:
     """Return the tasks to score. Raises ValueError where one has no head or no fitting labels."""
     able = [task for task in heads if dataset.tasks.get(task) == heads[task]]
@@ -1345,7 +1336,7 @@ def score_files(args: Args) -> None:
 
 def score_checkpoint(args: Args) -> None:
     """Score, print, write all files. Several processes share the scoring; the rest is the first one's."""
-    stored = read_student(args.ckpt)
+    stored = prism.read_checkpoint(args.ckpt)
     source = args.data or stored.get("provenance", {}).get("data")
     if source is None:
         raise ValueError(f"{args.ckpt} does not say what it was trained on; name it with --data")

@@ -941,8 +941,7 @@ class Prismer(nn.Module):
         self.pos.copy_(student.pos_embed[:, 1:] + student.patch_embed.bias)
         for task, stem in self.stems.items():
             if stem.kind == "classes":
-                names = classes.get(task) or map(str, range(len(stem.features)))
-                ids = (self.tokenizer.encode(f" {name}") for name in names)
+                ids = (self.tokenizer.encode(f" {name}") for name in classes[task])
                 x = torch.stack([self.text.words.weight[i].mean(0) for i in ids])  # (classes, D)
                 u, s, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
                 x = (u * s)[:, :SEMANTIC]
@@ -964,8 +963,7 @@ class Prismer(nn.Module):
             for block in self.resampler:
                 latents = block(latents, rest)
             z = torch.cat([z, latents], 1)  # (B, h * w + latents, D)
-        clip = next((c for c in self.contexts if "clip" in c), self.contexts[0])  # the paper's trunk
-        z, context = self.norm_pre(z), student.hear(student.context_ids(clip, len(z)))
+        z, context = self.norm_pre(z), student.hear(student.context_ids(self.contexts[0], len(z)))
         for block, adaptor in zip(student.blocks, self.adaptors, strict=True):
             z = z + block.attn(block.norm1(z))
             z = z + adaptor(adaptor.norm(z))
@@ -1236,6 +1234,8 @@ def read_checkpoint(path: str | Path, grid: tuple[int, int] | None = None) -> di
     content = read_file(path)
     if "model" not in content:
         raise ValueError(f"{path} is no student; name one of train.py's, of prism.save, or a released one")
+    for task, row in content.get("provenance", {}).get("tasks", {}).items():
+        data.TASKS.setdefault(task, data.Task(**row))  # of its data's own: known from now on
     if "config" in content:
         return content
     cfg, state = from_released(content["model"], path, grid)

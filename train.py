@@ -704,10 +704,12 @@ def build_prismer(args: Args, source: str | Path, pairs: data.Captioned) -> tupl
     trunk = prism.load(source, grid=tuple(n // patch for n in pairs.size))
     trunk = getattr(trunk, "student", trunk)  # where this run began is gone: what it has saved will do
     maps = () if args.prismer_z else args.caption_experts
-    classes = given.get("provenance", {}).get("classes", {})
     if lost := [task for task in maps if task not in trunk.cfg.tasks]:
         raise ValueError(f"{source} draws no {', '.join(lost)}; --caption-experts takes "
                          f"{', '.join(trunk.cfg.tasks)}")
+    names = given.get("provenance", {}).get("classes", {})
+    classes = {task: names.get(task) or [str(k) for k in range(trunk.cfg.tasks[task])]
+               for task in maps if data.TASKS[task].kind == "classes"}
     spoken = [args.prefix, *(f" {name}" for names in classes.values() for name in names)]
     spoken += [space + text for texts in pairs.captions for text in texts for space in ("", " ")]
     known = {chunk for text in spoken for chunk in data.chunks(text)}
