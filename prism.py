@@ -417,7 +417,7 @@ class Student(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """Turn RGB in [0, 1] (B, 3, H, W) into tokens (B, N, D)."""
         patch, sides = self.cfg.patch, images.shape[-2:]
-        if not (self.training or torch.compiler.is_compiling()) and images.amax() > 2:
+        if type(images) is Tensor and not (self.training or images.is_meta) and images.amax() > 2:
             raise ValueError("images are 0..255; pass images / 255: RGB floats in [0, 1]")
         for side in (side for side in sides if side % patch):
             low = side // patch * patch
@@ -439,10 +439,13 @@ class Student(nn.Module):
                              f"{', '.join(self.contexts) or 'none'}")
         return torch.tensor([self.contexts.index(name) for name in names])
 
-    def hear(self, ids: Tensor) -> Tensor | None:
-        """Look up the embeddings (R, D) of contexts (R,); None where no block hears any."""
+    def hear(self, contexts: Sequence[Tensor]) -> Tensor | None:
+        """Look up the embeddings (R, D) of contexts, (B,) ids each; None where no block hears any."""
         tables = [e for k in ("teacher_embed", "task_embed") if (e := getattr(self, k, None)) is not None]
-        return torch.cat(tables)[ids.to(self.mean.device, non_blocking=True)] if tables else None
+        if not tables:
+            return None
+        ids = torch.stack(list(contexts), 1).flatten()
+        return torch.cat(tables)[ids.to(self.mean.device, non_blocking=True)]
 
     def distill(self, images: Tensor, teacher_ids: Tensor) -> dict[str, list[Tensor]]:
         """Imitate teachers: {teacher: 4 x (B_t, D_t, h, w)}, rows in batch order.
@@ -546,7 +549,7 @@ class Prism(Student):
         lie on the host spare a GPU the waiting.
         """
         x, levels, routes = self.embed(images), [], []  # (B, N, D)
-        heard = self.hear(torch.stack(list(contexts), 1).flatten())  # (R, D)
+        heard = self.hear(contexts)  # (R, D)
         for i, block in enumerate(self.blocks):
             if self.routed and i in self.cfg.moe_blocks:
                 x, route = block(x, heard)  # (R, N, D) from the first one on
@@ -963,7 +966,7 @@ class Prismer(nn.Module):
             for block in self.resampler:
                 latents = block(latents, rest)
             z = torch.cat([z, latents], 1)  # (B, h * w + latents, D)
-        z, context = self.norm_pre(z), student.hear(student.context_ids(self.contexts[0], len(z)))
+        z, context = self.norm_pre(z), student.hear([student.context_ids(self.contexts[0], len(z))])
         for block, adaptor in zip(student.blocks, self.adaptors, strict=True):
             z = z + block.attn(block.norm1(z))
             z = z + adaptor(adaptor.norm(z))

@@ -4797,7 +4797,6 @@ def test_photos_with_captions_are_learnt(small_world, tmp_path, tiny_decoder, ca
     prism.save(model, copy)
     image = torch.rand(1, 3, 32, 32)
     assert prism.load(copy).caption(image) == model.caption(image) == model.caption(image)
-    assert model.caption(image, beams=1) == model.caption(torch.cat([image, image.flip(3)]), beams=1)[:1]
 
 
 @pytest.mark.parametrize("changes, message", [

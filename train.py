@@ -944,7 +944,6 @@ def main(args: Args) -> None:
 def train(args: Args) -> None:
     """Check, train or load the teachers, run the stages one after the other."""
     first, rt = prepare(args), start_runtime(args.device)
-    torch.set_float32_matmul_precision("high")
     with explained(), held(args.out_dir, rt.rank):
         # Without teachers a student keeps the contexts that it learned under them.
         taught = SimpleNamespace(widths=first.get("config", {}).get("teachers", {}), targets=None,
