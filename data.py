@@ -927,13 +927,14 @@ def boundary_label(labelmap: np.ndarray) -> np.ndarray:
 
 
 def files_by_id(folder: Path) -> dict[str, Path]:
-    """Return {id: file} of the pictures and arrays in a folder. Raises ValueError for two of one id."""
+    """Return {id: file} of the pictures and arrays below a folder. Raises ValueError for two of one id."""
     found = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if is_image(path.name) or path.suffix == ".npy":
-            if path.stem in found:
-                raise ValueError(f"{found[path.stem]} and {path.name} share a name; keep one of them")
-            found[path.stem] = path
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if is_image(str(path.relative_to(folder))) or path.suffix == ".npy":
+            if name in found:
+                raise ValueError(f"{found[name]} and {path.name} share a name; keep one of them")
+            found[name] = path
     return found
 
 

@@ -749,7 +749,7 @@ FILED = {  # kind of task -> what its prediction files hold
 def write_maps(folder: Path, name: str, maps: dict[str, np.ndarray]) -> None:
     """Write the final maps (H, W [, 3]) of an image as folder/<task>/<name>."""
     for task, array in maps.items():
-        (folder / task).mkdir(parents=True, exist_ok=True)
+        (folder / task / name).parent.mkdir(parents=True, exist_ok=True)
         if data.TASKS[task].files[0] == ".npy":
             np.save(folder / task / f"{name}.npy", array.astype(np.float32))
         else:

@@ -2798,6 +2798,15 @@ def test_own_folder_is_read_as_it_is(own, capsys):
     assert data.guess_spec(str(own)) == f"folder:{own}" and data.check(f"folder:{own}")
     images = data.open_data(f"images:{own}", "train")
     assert images.ids == sorted(path.name for path in (own / "images").iterdir())
+    (own / "images/below").mkdir()
+    (own / "images/03.png").rename(own / "images/below/03.png")
+    with pytest.raises(FileNotFoundError, match="03.png has no image of its name"):
+        data.open_data(f"folder:{own}", "train")
+    for task in ("sal", "semseg"):
+        (own / task / "below").mkdir()
+        (own / task / "03.png").rename(own / task / "below/03.png")
+    ids = [name for split in ("train", "val") for name in data.open_data(f"folder:{own}", split).ids]
+    assert "below/03" in ids and len(ids) == 12
 
 
 def test_large_samples_are_shrunk_whole():
