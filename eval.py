@@ -909,7 +909,7 @@ def cost(models: dict[str, prism.Student], images: Tensor, repeats: int = 5) -> 
 def report_cost(args: "Args", device) -> None:
     """Print what a student costs beside a dense ViT of its size; write cost.json."""
     model = prism.load(args.ckpt, device)
-    if not model.cfg.tasks:
+    if not getattr(model.cfg, "tasks", {}):
         raise ValueError(f"{args.ckpt} has no task heads (stage 1); name one of train.py --stage recompose")
     dense = prism.build(replace(model.cfg, student="dense", without=())).to(device).eval()
     given = args.image_size or tuple(n * model.cfg.patch for n in model.cfg.grid)
@@ -1063,6 +1063,8 @@ def cider_d(found: Sequence[str], references: Sequence[Sequence[str]]) -> float:
 @torch.inference_mode()
 def score_captions(args: "Args", source: str) -> None:
     """Score a Prismer: plain nats per token, CIDEr-D and facts of its captions; draw some."""
+    if train.process_place()[1] > 1:
+        raise ValueError("captions are scored by one process; use python instead of torchrun")
     model = prism.load(args.ckpt, prism.choose_device(args.device))
     size = tuple(n * model.cfg.trunk.patch for n in model.cfg.trunk.grid)
     pairs = data.Captioned(data.open_data(source, args.split, size=size), size, model.encode)
