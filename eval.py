@@ -940,7 +940,7 @@ def train_and_score(folder: Path, flags: list[str], slot: int) -> dict:
     where = {"CUDA_VISIBLE_DEVICES": str(slot % gpus)} if gpus else {"OMP_NUM_THREADS": "1"}
     where["PRISM_CHILD"] = "1"
     for command in (["train.py", *flags, "--processes", "1", "--out-dir", folder],
-                    ["eval.py", "--ckpt", folder / "prism.pt"]):
+                    ["eval.py", "--ckpt", folder / "prism.pt", "--no-floor"]):
         with open(folder / "log.txt", "a") as log:
             done = subprocess.run([sys.executable, here / command[0], *command[1:]], env=os.environ | where,
                                   stdout=log, stderr=subprocess.STDOUT)
