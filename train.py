@@ -693,7 +693,6 @@ def check_same_run(path: Path, stored: dict, ours: dict) -> None:
 # ------------------------------------------------------------------------------------------------ main
 
 
-
 def build_prismer(args: Args, source: str | Path, pairs: data.Captioned) -> tuple[prism.Prismer, str]:
     """Make a Prismer of a student's checkpoint and a decoder; returns it and what it is made of.
 
