@@ -1542,7 +1542,7 @@ class Captioned(Dataset):
         self.samples, self.size, self.encode = samples, size, encode
         self.source, self.classes, self.captions = samples.source, samples.classes, samples.captions
         if not isinstance(samples, CaptionList):
-            self.captions = [[samples.read(i, False).get("caption", "")] for i in range(len(samples))]
+            self.captions = [[samples.captions.get(name, {}).get("caption", "")] for name in samples.ids]
         if empty := [name for name, texts in zip(samples.ids, self.captions, strict=True)
                      if not all(isinstance(text, str) and text.strip() for text in texts)]:
             raise ValueError(f"{empty[0]} of {self.source} has no caption, as {len(empty)} in all; write "

@@ -636,8 +636,9 @@ class Floor(nn.Module):
         super().__init__()
         self.maps, counts = {}, {}
         for i in data.track(range(len(dataset)), "floor", len(dataset)):
-            for task, y in ((task, dataset[i][task]) for task in dataset.tasks):
-                y = y[None] if y.ndim == 2 else y  # (C, H, W)
+            sample = dataset[i]
+            for task in dataset.tasks:
+                y = sample[task][None] if sample[task].ndim == 2 else sample[task]  # (C, H, W)
                 known = y != data.IGNORE
                 if data.TASKS[task].kind in ("classes", "mask"):
                     y = F.one_hot(y[0] * known[0], dataset.tasks[task]).permute(2, 0, 1)

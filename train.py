@@ -85,7 +85,7 @@ class Args:
     weight_decay: float | None = None  # on matrices (default: the recipe's)
     distill_weight: float = 1.0  # mu, weight of the distillation terms beside the tasks in recompose
     distill: bool = True  # --no-distill: recompose without teachers and from random weights, or --init
-    freeze: Literal["trunk", "vision", "both"] | None = None  # recompose: trunk; caption: vision, RoBERTa too
+    freeze: Literal["trunk", "vision", "both"] | None = None  # recompose: trunk (heads learn); caption: both
 
     out_dir: Path = Path("out")  # checkpoints and log.jsonl
     init: str | None = None  # checkpoint or timm ViT: augreg-s, FILE, ... (recompose: OUT_DIR/deconstruct.pt)
@@ -309,7 +309,7 @@ def inherit(args: Args) -> dict:
     Returns their checkpoint without weights, {} if there is none.
     """
     stored = {}
-    begun = args.out_dir / ON_PASCAL.checkpoint
+    begun = None if args.fresh else args.out_dir / ON_PASCAL.checkpoint
     for path in (init_source(args, args.stage), begun) if args.stage in ("recompose", "caption") else ():
         if not stored and path and prism.is_student(path):
             stored = prism.read_checkpoint(path)
