@@ -1,4 +1,4 @@
-"""Check what the main job left in a folder: numbers above their floors, losses that fell, pictures, routing."""
+"""Check what the main job left in a folder: numbers above floors, losses that fell, pictures, routing."""
 
 import json
 import math
