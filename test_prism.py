@@ -2515,7 +2515,7 @@ def same_arrays(sample, truth):
 
 
 def test_pascal_trains_both_stages_and_is_scored(pascal, tmp_path, tiny, capsys):
-    """Catches a recipe that cannot start on the real format, a score by the world's protocol."""
+    """Catches a recipe that cannot start on the real format, the world's protocol, scores lost for floors."""
     stored = tiny_run(pascal, tmp_path / "out", data=f"pascal:{pascal}", steps=2, image_size=(32, 48),
                       save_every=1)
     assert stored["config"]["tasks"] == {"semseg": 21, "human_parts": 7, "normals": 3, "edge": 1, "sal": 2}
@@ -2525,6 +2525,12 @@ def test_pascal_trains_both_stages_and_is_scored(pascal, tmp_path, tiny, capsys)
     found, said = json.loads((tmp_path / "out" / "results.json").read_text()), capsys.readouterr().out
     assert found["protocol"] == "sak" and found["images"] == 2
     assert "published on pascal, protocol sak" in said and "this checkpoint, width 24" in said
+    assert found["floor"].keys() == found["headline"].keys()
+    (pascal / "ImageSets/Context/train.txt").unlink()
+    scoring.main(scoring.Args(ckpt=tmp_path / "out" / "prism.pt", device="cpu"))
+    again = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert again["headline"] == found["headline"] and again["floor"] == {}
+    assert "no floor: " in capsys.readouterr().out
 
 
 def test_world_round_trip(tmp_path, monkeypatch):
