@@ -336,56 +336,6 @@ def delta_m(metrics: dict, reference: dict) -> float:
     return 100 * sum(gains) / len(gains)
 
 
-# Published test rows (PRISM's tables 1 and 2, SAK's table 3; "-" was not given), by data set and boundary
-# protocol: what SAK and PRISM measured themselves, and what they quote of methods that score odsF as InvPT.
-PUBLISHED = {
-    ("pascal", "sak"): (("semseg", "human_parts", "sal", "normals", "edge"), """
-        single-task ViT-B  80.25 70.54 84.54 13.57 74.22
-        multi-task ViT-B   76.76 65.26 84.39 13.98 70.37
-        SAK ViT-B          81.88 74.30 84.79 14.02 74.09
-        PRISM ViT-B        82.20 75.34 84.81 13.47 75.92
-        single-task ViT-L  81.61 72.77 83.80 13.87 75.24
-        SAK ViT-L          84.01 76.99 84.65 13.82 76.27
-        PRISM ViT-L        84.34 77.83 84.67 13.43 76.23"""),
-    ("pascal", "invpt"): (("semseg", "human_parts", "sal", "normals", "edge"), """
-        InvPT ViT-B        77.33 66.62 85.14 13.78 73.20
-        TaskPrompter ViT-B 79.00 67.00 85.05 13.47 73.50
-        MLoRE ViT-B        79.26 67.82 85.31 13.65 74.69"""),
-    ("nyud", "sak"): (("semseg", "depth", "normals", "edge"), """
-        single-task ViT-B  51.15 0.5792 19.77 77.35
-        multi-task ViT-B   49.27 0.5823 19.92 75.88
-        SAK ViT-B          59.93 0.4942 17.60 78.60
-        PRISM ViT-B        60.22 0.4883 17.81 76.59
-        single-task ViT-L  54.19 0.5560 19.22 78.09
-        SAK ViT-L          63.18 0.4313 16.25 79.43"""),
-    ("nyud", "invpt"): (("semseg", "depth", "normals", "edge"), """
-        InvPT ViT-B        50.30 0.5367 19.00 77.60
-        TaskPrompter ViT-B 50.40 0.5402 18.91 77.60"""),
-}
-
-
-def published_rows(kind: str, protocol: str) -> dict[str, dict[str, float]]:
-    """Return {method: {task: value}} of one data set and one protocol, {} where nothing was published."""
-    tasks, text = PUBLISHED.get((kind, protocol), ((), ""))
-    rows = [line.split() for line in text.strip().splitlines()]
-    return {" ".join(row[: -len(tasks)]): dict(zip(tasks, map(float, row[-len(tasks) :]), strict=True))
-            for row in rows}
-
-
-def print_published(kind: str, protocol: str, ours: dict[str, float], size: str) -> None:
-    """Print our headline numbers below the published ones of the same data set and protocol.
-
-    Delta_m is computed, of each row against the single-task row of its size (ours: ViT-B, ViT-L, ...).
-    """
-    rows = published_rows(kind, protocol)
-    for name, row in (*rows.items(), (f"this checkpoint, {size}", ours)) if rows else ():
-        single = rows.get(f"single-task {name[-5:]}", {})
-        gain = {"Delta_m %": delta_m(row, single)} if single and set(single) <= set(row) else {}
-        rows[name] = {task: row.get(task, "-") for task in next(iter(rows.values()))} | gain
-    if rows:
-        prism.show(f"published on {kind}, protocol {protocol}", rows)
-
-
 def headline(task: str, value: dict | float) -> float:
     """Return the number of a task that published tables print."""
     return value[data.TASKS[task].metric] if isinstance(value, dict) else value
@@ -922,14 +872,14 @@ def report_cost(args: "Args", device) -> None:
 
 # --------------------------------------------------------------------------------------------- contest
 
-SINGLE = "--student dense --stage recompose --no-distill"  # with --tasks: a network per task, Delta_m's base
 CONTESTANTS = {  # name -> flags of train.py
     "prism": "", "sak": "--student sak", "dense": "--student dense", "wide": "--student wide",
-    "moe": "--student moe", "no-distill": SINGLE, "no-anchor": "--without anchor",
+    "moe": "--student moe", "route": "--recompose route", "no-anchor": "--without anchor",
     "no-shared": "--without shared", "no-film": "--without film", "no-context": "--without context",
     "gate-half": "--gate-start 0.5", "sak-one": "--student sak --every-teacher False",
     "dense-all": "--student dense --every-teacher True", "no-decorr": "--decorr-levels 0",
-    "top-1": "--top-k 1", "top-3": "--top-k 3", "lite": "--expert-ratio 1",
+    "top-1": "--top-k 1", "top-3": "--top-k 3", "lite": "--expert-ratio 1", "mlp": "--projector mlp",
+    "no-distill": "--student dense --stage recompose --no-distill",
 }
 
 
@@ -952,23 +902,20 @@ def train_and_score(folder: Path, flags: list[str], slot: int) -> dict:
 
 
 def contest(args: "Args", device) -> None:
-    """Train contestants and single-task networks over seeds, side by side; write contest.{json,md}."""
+    """Train contestants over seeds, side by side; write contest.{json,md}."""
     common, folder = shlex.split(args.train_args), args.out_dir or Path("out/contest")
     if not args.contest or (unknown := [name for name in args.contest if name not in CONTESTANTS]):
         raise ValueError(f"unknown contestant {unknown[0] if args.contest else ''}: name some of "
                          f"{', '.join(CONTESTANTS)}")
     settings = tyro.cli(train.Args, args=common)
     train.inherit(settings)
-    dataset = data.open_data(settings.data, "train")  # renders the world
+    data.open_data(settings.data, "train")  # renders the world
     teachers.Teachers(settings.teachers)  # trains the toys
-    tasks = list(train.label_channels(settings, dataset))
-    flags = {name: CONTESTANTS[name] for name in args.contest}
-    flags |= {f"only-{task}": f"{SINGLE} --tasks {task}" for task in tasks}
-    jobs = [(name, seed) for seed in range(args.seeds) for name in flags]
+    jobs = [(name, seed) for seed in range(args.seeds) for name in args.contest]
     pool, waiting, found = ThreadPoolExecutor(torch.cuda.device_count() or data.core_count()), {}, {}
     try:
         for slot, (name, seed) in enumerate(jobs):
-            given = [*common, *shlex.split(flags[name]), "--seed", str(seed)]
+            given = [*common, *shlex.split(CONTESTANTS[name]), "--seed", str(seed)]
             waiting[name, seed] = pool.submit(train_and_score, folder / f"{name}-{seed}", given, slot)
         for job, future in waiting.items():
             found[job] = future.result()["headline"]
@@ -978,36 +925,39 @@ def contest(args: "Args", device) -> None:
     models = {name: prism.load(folder / f"{name}-0" / "prism.pt", device) for name in args.contest}
     grid, patch = models[args.contest[0]].cfg.grid, models[args.contest[0]].cfg.patch
     costs = cost(models, torch.rand(1, 3, grid[0] * patch, grid[1] * patch, device=device), repeats=15)
-    scores = contest_scores(found, args.contest, tasks, args.seeds)
+    scores = contest_scores(found, args.contest, args.seeds)
     text = contest_text(scores, costs)
     write_files(folder, {"contest.json": as_json({"scores": scores, "cost": costs}), "contest.md": text})
     print(f"{text}\nwrote {folder / 'contest.md'}")
 
 
-def contest_scores(found: dict, names: Sequence[str], tasks: list[str], seeds: int) -> dict:
-    """Return {contestant: {task or Delta_m: a value per seed}}; Delta_m is over the single-task networks of
-    the same seed. found: {(name, seed): {task: value}}."""
-    single = [{t: found[f"only-{t}", seed][t] for t in tasks} for seed in range(seeds)]
-    rows = {"single-task": {t: [row[t] for row in single] for t in tasks} | {"Delta_m %": [0.0] * seeds}}
+def contest_scores(found: dict, names: Sequence[str], seeds: int) -> dict:
+    """Return {contestant: {task or Delta_m: a value per seed}}; Delta_m is over the first of the same seed.
+
+    found: {(name, seed): {task: value}}.
+    """
+    rows = {}
     for name in names:
         own = [found[name, seed] for seed in range(seeds)]
-        rows[name] = {t: [row[t] for row in own] for t in tasks}
-        rows[name]["Delta_m %"] = [delta_m(row, base) for row, base in zip(own, single, strict=True)]
+        rows[name] = {task: [row[task] for row in own] for task in own[0]}
+        rows[name]["Delta_m %"] = [delta_m(row, found[names[0], seed]) for seed, row in enumerate(own)]
     return rows
 
 
 def contest_text(scores: dict, costs: dict) -> str:
-    """Write mean +- deviation over seeds as a table in markdown, and what is over the first contestant in
-    Delta_m, paired by seed, +- half its 95 % interval (Student's t)."""
-    lead = list(scores)[1]
-    columns = [*scores[lead], f"over {lead}", *costs[lead]]
+    """Write a table in markdown: means +- deviations over seeds; of Delta_m half the 95 % interval of the
+    mean (Student's t)."""
+    first = next(iter(scores))
+    columns = [*scores[first], *costs[first]]
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, row in scores.items():
-        cells = [f"{np.mean(v):.2f} ± {np.std(v, ddof=1) if len(v) > 1 else 0:.2f}" for v in row.values()]
-        over, n = np.subtract(row["Delta_m %"], scores[lead]["Delta_m %"]), len(row["Delta_m %"])
-        half = stdtrit(n - 1, 0.975) * over.std(ddof=1) / math.sqrt(n) if n > 1 else math.nan
-        cells.append(f"{over.mean():+.2f} ± {half:.2f}" if name not in ("single-task", lead) else "")
-        cells += [f"{v:.3f}" for v in costs.get(name, {}).values()] or [""] * len(costs[lead])
+        cells = []
+        for column, values in row.items():
+            spread, n = np.std(values, ddof=1) if len(values) > 1 else math.nan, len(values)
+            if column == "Delta_m %":
+                spread *= stdtrit(n - 1, 0.975) / math.sqrt(n)
+            cells.append(f"{np.mean(values):.2f} ± {spread:.2f}")
+        cells += [f"{v:.3f}" for v in costs[name].values()]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -1382,8 +1332,6 @@ def score_checkpoint(args: Args) -> None:
             results["imitation"] = fidelity(model, members, images)
             prism.show("imitation", results["imitation"])
             pictures["imitation"] = draw_imitation(model, members, images[:3])
-    print_published(source.partition(":")[0], protocol, results["headline"],
-                    {384: "ViT-S", 768: "ViT-B", 1024: "ViT-L"}.get(cfg.dim, f"width {cfg.dim}"))
     log = args.ckpt.parent / "log.jsonl"
     if log.exists():
         pictures["losses"] = draw_losses([json.loads(line) for line in log.read_text().splitlines()])

@@ -936,9 +936,10 @@ def test_teacher_assignment_is_balanced():
         counts = np.bincount(ids, minlength=3)
         assert sorted(counts) == [6, 7, 7]
         extra += counts - 6
-        assert all(np.ptp(np.bincount(part, minlength=3)) <= 2 for part in np.split(ids, 2))
+        assert all(np.ptp(np.bincount(part, minlength=3)) <= 1 for part in np.split(ids, 4))
     assert extra.min() > 25 and extra.max() < 55
-    first, again, other = (train.assign_teachers(20, 3, seed, 7).tolist() for seed in (0, 0, 1))
+    first, again, other = ([train.assign_teachers(3, 3, seed, step).tolist() for step in range(9)]
+                           for seed in (0, 0, 1))
     assert first == again != other
 
 
@@ -1706,6 +1707,18 @@ def test_toys_are_trained_alike_and_learn(name, toy_cache):
     torch.manual_seed(toy.seed)
     born = teachers.Encoder(toy.encoder).state_dict()
     assert not any(torch.equal(first[key], born[key]) for key in first)
+
+
+@pytest.mark.parametrize("shape", [(48, 48), (96, 48), (48, 96)])
+def test_muon_equals_torchs_but_for_rounding(shape):
+    """Catches momentum without its look ahead, decay at another rate, steps of a tall matrix too short."""
+    ours, theirs = (torch.nn.Parameter(torch.full(shape, 0.1)) for _ in range(2))
+    steppers = (teachers.Muon([ours], lr=0.01, weight_decay=0.5), torch.optim.Muon([theirs], 0.01, 0.5))
+    for _ in range(6):
+        ours.grad = theirs.grad = torch.randn(shape)
+        for stepper in steppers:
+            stepper.step()
+    assert (ours - theirs).norm() < 0.02 * (ours - 0.1).norm()  # torch's is in bfloat16
 
 
 def test_teachers_see_only_their_own_images(toy_cache):
@@ -2522,9 +2535,8 @@ def test_pascal_trains_both_stages_and_is_scored(pascal, tmp_path, tiny, capsys)
     assert stored["config"]["grid"] == (4, 6) and stored["step"] == 2
     assert stored["provenance"]["data"] == f"pascal:{pascal}"
     scoring.main(scoring.Args(ckpt=tmp_path / "out" / "prism.pt", device="cpu"))
-    found, said = json.loads((tmp_path / "out" / "results.json").read_text()), capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert found["protocol"] == "sak" and found["images"] == 2
-    assert "published on pascal, protocol sak" in said and "this checkpoint, width 24" in said
     assert found["floor"].keys() == found["headline"].keys()
     (pascal / "ImageSets/Context/train.txt").unlink()
     scoring.main(scoring.Args(ckpt=tmp_path / "out" / "prism.pt", device="cpu"))
@@ -3831,26 +3843,6 @@ def test_delta_m_reproduces_the_paper():
     assert scoring.delta_m({"depth": 1.5}, {"depth": 2.0}) == 25
 
 
-def test_published_rows(capsys):
-    """Catches a mistyped published number: Delta_m computed from each row must be the one that SAK's and
-    PRISM's papers print (PRISM ViT-B on PASCAL is printed as 2.29; its own row gives 2.52)."""
-    printed = {
-        "pascal": {"multi-task ViT-B": -4.04, "SAK ViT-B": 0.83, "PRISM ViT-B": 2.52, "SAK ViT-L": 2.30,
-                   "PRISM ViT-L": 3.16},
-        "nyud": {"multi-task ViT-B": -1.72, "SAK ViT-B": 11.11, "PRISM ViT-B": 10.59, "SAK ViT-L": 14.05}}
-    for kind, gains in printed.items():
-        rows = scoring.published_rows(kind, "sak")
-        for name, gain in gains.items():
-            single = rows[f"single-task {name[-5:]}"]
-            assert scoring.delta_m(rows[name], single) == pytest.approx(gain, abs=0.0051), name
-        assert set(rows) == {*gains, "single-task ViT-B", "single-task ViT-L"}
-    scoring.print_published("pascal", "sak", rows["SAK ViT-B"], "ViT-B")  # its tasks are NYUD's
-    scoring.print_published("world", "simple", {}, "ViT-B")
-    out = capsys.readouterr().out
-    (ours,) = [line for line in out.splitlines() if "this checkpoint, ViT-B" in line]
-    assert "59.93" in ours and ours.rstrip(" │").endswith("-"), "no Delta_m over tasks that lack"
-
-
 # -------------------------------------------------------------------------------------------- routing
 
 
@@ -4148,22 +4140,18 @@ def test_chosen_protocol_runs_and_is_named(protocol, thresholds, folder, capsys,
 
 def test_contest_tables_by_hand():
     """Catches Delta_m over another seed's base, signs of errors, intervals that are not paired."""
-    base = {"semseg": [20, 10, 10], "depth": [2, 1, 1]}
-    rows = {"prism": {"semseg": [22, 12, 11], "depth": [1, 1, 1]},
-            "dense": {"semseg": [23, 14, 14], "depth": [2, 1, 1]}}
+    rows = {"prism": {"semseg": [20, 10, 10], "depth": [2, 1, 1]},
+            "dense": {"semseg": [22, 12, 11], "depth": [1, 1, 1]}}
     found = {(name, seed): {task: values[seed] for task, values in row.items()}
              for name, row in rows.items() for seed in range(3)}
-    found |= {(f"only-{task}", seed): {task: base[task][seed]} for task in base for seed in range(3)}
-    scores = scoring.contest_scores(found, ["prism", "dense"], ["semseg", "depth"], 3)
-    gains = {"single-task": [0, 0, 0], "prism": [30, 10, 5], "dense": [7.5, 20, 20]}
-    for name, row in ({"single-task": base} | rows).items():
+    scores = scoring.contest_scores(found, ["prism", "dense"], 3)
+    gains = {"prism": [0, 0, 0], "dense": [30, 10, 5]}
+    for name, row in rows.items():
         same_numbers(row | {"Delta_m %": gains[name]}, scores[name])
     lines = scoring.contest_text(scores, {"prism": {"ms": 2.5}, "dense": {"ms": 1.0}}).splitlines()
-    assert lines[0] == "| | semseg | depth | Delta_m % | over prism | ms |"
-    assert lines[3] == "| prism | 15.00 ± 6.08 | 1.00 ± 0.00 | 15.00 ± 13.23 |  | 2.500 |"
-    over = np.subtract(gains["dense"], gains["prism"])
-    half = 4.302653 * over.std(ddof=1) / math.sqrt(3)
-    assert f"| {over.mean():+.2f} ± {half:.2f} | 1.000 |" in lines[4]
+    assert lines[0] == "| | semseg | depth | Delta_m % | ms |"
+    half = 4.302653 * np.std(gains["dense"], ddof=1) / math.sqrt(3)
+    assert lines[3] == f"| dense | 15.00 ± 6.08 | 1.00 ± 0.00 | 15.00 ± {half:.2f} | 1.000 |"
 
 
 def test_contest_trains_scores_and_names_what_failed(folder, tmp_path, capsys, monkeypatch):
@@ -4175,7 +4163,7 @@ def test_contest_trains_scores_and_names_what_failed(folder, tmp_path, capsys, m
         asked.append((script, flags))
         if script == "train.py":
             shutil.copy(folder / "prism.pt", flags[-1])
-        elif "only-sal-1" in flags[1] and not luck:
+        elif "lite-1" in flags[1] and not luck:
             print("ValueError: no luck", file=stdout, flush=True)
             return SimpleNamespace(returncode=1)
         else:
@@ -4187,7 +4175,7 @@ def test_contest_trains_scores_and_names_what_failed(folder, tmp_path, capsys, m
     monkeypatch.setattr(teachers, "Teachers", lambda names: None)
     given = {"contest": ("prism", "lite"), "seeds": 2, "out_dir": tmp_path / "out", "train_args": "--steps 7"}
     code, _, err = run(capsys, monkeypatch, folder, **given)
-    assert (code, err) == (1, "OSError: eval.py of only-sal-1 failed: ValueError: no luck\n")
+    assert (code, err) == (1, "OSError: eval.py of lite-1 failed: ValueError: no luck\n")
     trained = [flags for script, flags in asked if script == "train.py"]
     lite = str(tmp_path / "out" / "lite-1")
     flags = ["--steps", "7", "--expert-ratio", "1", "--seed", "1", "--processes", "1", "--out-dir", lite]
@@ -4195,7 +4183,7 @@ def test_contest_trains_scores_and_names_what_failed(folder, tmp_path, capsys, m
     luck.append(True)
     code, out, err = run(capsys, monkeypatch, folder, **given)
     report = results_of(tmp_path / "out", "contest.json")
-    assert code == 0 and set(report["scores"]) == {"single-task", "prism", "lite"}
+    assert code == 0 and set(report["scores"]) == {"prism", "lite"}
     assert report["cost"]["prism"]["GMAC"] > 0 and "| lite |" in (tmp_path / "out" / "contest.md").read_text()
 
 

@@ -401,14 +401,10 @@ def lr_at(step: int, stage: Stage) -> float:
 
 
 def assign_teachers(B: int, count: int, seed: int, step: int) -> np.ndarray:
-    """Give each image one teacher, balanced: shuffled rounds of all teachers, the last one cut.
-
-    Returns (B,) int64. Any run of images has every teacher's number within two of an equal share, so a
-    process's own slice of the batch is balanced as well.
-    """
-    rng = np.random.default_rng((seed, step, 0x7EAC))
-    rounds = [rng.permutation(count) for _ in range(-(-B // count))]
-    return np.concatenate(rounds)[:B]
+    """Give each image one teacher: (B,) int64. Teachers take turns, in an order that each step draws, so that
+    any process's slice of the batch has as many images of each, give or take one."""
+    order = np.random.default_rng((seed, step, 0x7EAC)).permutation(count)
+    return np.resize(order, B)
 
 
 # ---------------------------------------------------------------------------------------------- losses
