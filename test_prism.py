@@ -2159,6 +2159,22 @@ def test_images_are_resized_to_whole_patches(tmp_path):
         assert teachers.Teacher(teachers.Encoder(cfg), None, {}).levels == levels
 
 
+def test_sam_attention_equals_its_definition():
+    """Catches rows taken for columns, an offset of the wrong sign, positions divided with the scores."""
+    cfg = replace(teachers.EncoderConfig(), dim=8, heads=2, window=2, grid=(3, 4), global_blocks=(0,))
+    block, (h, w) = teachers.EncoderBlock(cfg, 0), cfg.grid
+    torch.nn.init.normal_(block.rel_h)
+    torch.nn.init.normal_(block.rel_w)
+    x = torch.randn(2, h * w, 8)
+    q, k, v = block.qkv(x).view(2, h * w, 3, 2, 4).permute(2, 0, 3, 1, 4)  # (B, heads, N, 4) each
+    scores = q @ k.transpose(2, 3) / 2
+    for n, m in itertools.product(range(h * w), repeat=2):
+        offset = block.rel_h[n // w - m // w + h - 1] + block.rel_w[n % w - m % w + w - 1]
+        scores[:, :, n, m] += q[:, :, n] @ offset
+    expected = block.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(block.attend(x, cfg.grid, None), expected)
+
+
 def test_sam_pads_after_normalising_and_crops_the_map(tmp_path):
     """Catches padding left in SAM's map, where the student would be stretched over it, or normalised."""
     teacher = teachers.load_teacher(tiny_folder(tmp_path, "sam"))  # 20 pixels, 5 x 5 patches
