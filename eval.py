@@ -876,7 +876,7 @@ CONTESTANTS = {  # name -> flags of train.py
     "prism": "", "sak": "--student sak", "dense": "--student dense", "wide": "--student wide",
     "moe": "--student moe", "route": "--recompose route", "no-anchor": "--without anchor",
     "no-shared": "--without shared", "no-film": "--without film", "no-context": "--without context",
-    "gate-half": "--gate-start 0.5", "sak-one": "--student sak --every-teacher False",
+    "gate-paper": "--gate-start 0.94", "sak-one": "--student sak --every-teacher False",
     "dense-all": "--student dense --every-teacher True", "no-decorr": "--decorr-levels 0",
     "top-1": "--top-k 1", "top-3": "--top-k 3", "lite": "--expert-ratio 1", "mlp": "--projector mlp",
     "no-distill": "--student dense --stage recompose --no-distill",
@@ -956,7 +956,7 @@ def contest_text(scores: dict, costs: dict) -> str:
             spread, n = np.std(values, ddof=1) if len(values) > 1 else math.nan, len(values)
             if column == "Delta_m %":
                 spread *= stdtrit(n - 1, 0.975) / math.sqrt(n)
-            cells.append(f"{np.mean(values):.2f} ± {spread:.2f}")
+            cells.append(f"{np.mean(values):.3f} ± {spread:.3f}")
         cells += [f"{v:.3f}" for v in costs[name].values()]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

@@ -81,6 +81,7 @@ class PrismConfig:
     gate_start: float = 0.94  # lambda of a new student: the expert stream fades in
     film_start: float = 0.0  # deviation of a new router's FiLM weights; 0: it is blind to the context
     projector: str = "mlp"  # to the teachers' features: the paper's two layers, or "linear"
+    edge_cells: int = 1  # outputs per side of edge's head at a place of 4 x 4 pixels; 4: one for each pixel
     recompose: str = "route"  # stage 2: tasks choose experts; or "views": heads read all teachers' contexts
     router_noise: float = 1.0  # strength of the learned noise on the logits in training (released code)
     expert_drop: float = 0.1  # chance that an expert is hidden from a token in training (released code)
@@ -97,7 +98,7 @@ SIZES = {
     "toy": PrismConfig(
         dim=96, depth=6, heads=3, patch=8, grid=(8, 8), moe_blocks=(1, 2, 4, 5), experts=6, top_k=2,
         mlp_ratio=2.0, expert_ratio=2.0, gate_start=0.5, film_start=0.02, expert_drop=0.0,
-        projector="linear", recompose="views",  # for 350 steps, not for the paper's 240,000
+        projector="linear", edge_cells=4, recompose="views",  # for 350 steps, not for the paper's 240,000
     ),
     "small": PrismConfig(),
     "base": PrismConfig(dim=768, heads=12),
@@ -326,11 +327,12 @@ class DualStreamBlock(nn.Module):
 class Head(nn.Module):
     """Four levels of features -> one task's map."""
 
-    def __init__(self, dim: int, channels: int, views: int = 1):
+    def __init__(self, dim: int, channels: int, views: int = 1, cells: int = 1):
         super().__init__()
+        self.cells = cells  # outputs per side of each quarter
         self.linears = nn.ModuleList(nn.Linear(views * dim, dim // 4) for _ in range(4))
         self.fuse = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1), BatchNorm(dim), nn.GELU())
-        self.last = nn.Conv2d(dim, channels, 1)
+        self.last = nn.Conv2d(dim, channels * cells**2, 1)
 
     def plain(self, levels: list[Tensor], size: tuple[int, int]) -> Tensor:
         """Define the head: enlarge to a quarter of the pixels, convolve, classify, enlarge.
@@ -358,8 +360,15 @@ class Head(nn.Module):
         return torch.cat([linear(t) for linear, t in zip(self.linears, tokens, strict=True)], -1)
 
     def finish(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """Classify (B, D, H / 4, W / 4) and enlarge to (B, channels, H, W)."""
-        return F.interpolate(self.last(x).float(), size=size, mode="bilinear", align_corners=False)
+        """Classify (B, D, H / 4, W / 4), cells x cells outputs a place; enlarge to (B, channels, H, W)."""
+        x = F.pixel_shuffle(self.last(x).float(), self.cells)
+        return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+def make_heads(cfg: PrismConfig, views: int = 1) -> nn.ModuleDict:
+    """Build a head per task; a line is one pixel wide, so edge's may tell pixels apart, not quarters."""
+    fine = {task: cfg.edge_cells for task in cfg.tasks if data.TASKS[task].kind == "edge"}
+    return nn.ModuleDict({task: Head(cfg.dim, n, views, fine.get(task, 1)) for task, n in cfg.tasks.items()})
 
 
 def make_projectors(cfg: PrismConfig) -> nn.ModuleDict:
@@ -514,7 +523,7 @@ class Prism(Student):
             heard = names and "context" not in without
             setattr(self, word, nn.Parameter(torch.zeros(len(names), cfg.dim)) if heard else None)
         self.projectors = make_projectors(cfg)
-        self.heads = nn.ModuleDict({task: Head(cfg.dim, n, self.views or 1) for task, n in cfg.tasks.items()})
+        self.heads = make_heads(cfg, self.views or 1)
         self.init_weights()
 
     @torch.no_grad()
@@ -664,7 +673,7 @@ class SAK(Student):
         self.aligners = chains([t for t, width in cfg.teachers.items() if width != D],
                                lambda t: (nn.Linear(D, cfg.teachers[t]) for _ in taps))
         self.mixers = chains(cfg.tasks, lambda _: (Mixer(D, 1 + len(cfg.teachers)) for _ in taps))
-        self.heads = nn.ModuleDict({task: Head(D, channels) for task, channels in cfg.tasks.items()})
+        self.heads = make_heads(cfg)
         self.init_weights()
 
     def trunk(self, images: Tensor) -> tuple[list[Tensor], dict[str, list[Tensor]]]:

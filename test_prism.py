@@ -291,6 +291,17 @@ def test_head_equals_its_definition(grid, size, training):
     torch.testing.assert_close(fast, plain, rtol=1e-6, atol=1e-6)  # maps are enlarged in float32
 
 
+def test_edge_head_tells_pixels_apart():
+    """Catches outputs laid out in columns, and other tasks' heads that grow with edge's."""
+    heads = prism.build(replace(TINY, edge_cells=4)).heads
+    assert heads["edge"].last.out_channels == 16 and heads["sal"].last.out_channels == TINY.tasks["sal"]
+    head = prism.Head(8, 2, cells=4).eval()
+    torch.nn.init.zeros_(head.last.weight)
+    head.last.bias.data = torch.arange(32.0)
+    drawn = head([torch.randn(1, 8, 2, 3)] * 4, (16, 24))  # (1, 2, 16, 24)
+    assert torch.equal(drawn[0], torch.arange(32.0).view(2, 4, 4).tile(1, 4, 6))
+
+
 @pytest.mark.lesson
 def test_predict_in_one_pass_equals_task_by_task():
     """Catches tasks or images that swap places in the batch of all tasks, and a prefix shared too far."""
@@ -4167,7 +4178,7 @@ def test_contest_tables_by_hand():
     lines = scoring.contest_text(scores, {"prism": {"ms": 2.5}, "dense": {"ms": 1.0}}).splitlines()
     assert lines[0] == "| | semseg | depth | Delta_m % | ms |"
     half = 4.302653 * np.std(gains["dense"], ddof=1) / math.sqrt(3)
-    assert lines[3] == f"| dense | 15.00 ± 6.08 | 1.00 ± 0.00 | 15.00 ± {half:.2f} | 1.000 |"
+    assert lines[3] == f"| dense | 15.000 ± 6.083 | 1.000 ± 0.000 | 15.000 ± {half:.3f} | 1.000 |"
 
 
 def test_contest_trains_scores_and_names_what_failed(folder, tmp_path, capsys, monkeypatch):
