@@ -953,10 +953,11 @@ def contest_text(scores: dict, costs: dict) -> str:
     for name, row in scores.items():
         cells = []
         for column, values in row.items():
-            spread, n = np.std(values, ddof=1) if len(values) > 1 else math.nan, len(values)
-            if column == "Delta_m %":
-                spread *= stdtrit(n - 1, 0.975) / math.sqrt(n)
-            cells.append(f"{np.mean(values):.3f} ± {spread:.3f}")
+            n, cell = len(values), f"{np.mean(values):.3f}"
+            if n > 1:
+                half = stdtrit(n - 1, 0.975) / math.sqrt(n) if column == "Delta_m %" else 1
+                cell += f" ± {half * np.std(values, ddof=1):.3f}"
+            cells.append(cell)
         cells += [f"{v:.3f}" for v in costs[name].values()]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
