@@ -329,7 +329,7 @@ class Head(nn.Module):
 
     def __init__(self, dim: int, channels: int, views: int = 1, cells: int = 1):
         super().__init__()
-        self.cells = cells  # outputs per side of each quarter
+        self.cells = cells  # outputs per side of a place of 4 x 4 pixels
         self.linears = nn.ModuleList(nn.Linear(views * dim, dim // 4) for _ in range(4))
         self.fuse = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1), BatchNorm(dim), nn.GELU())
         self.last = nn.Conv2d(dim, channels * cells**2, 1)
@@ -366,7 +366,7 @@ class Head(nn.Module):
 
 
 def make_heads(cfg: PrismConfig, views: int = 1) -> nn.ModuleDict:
-    """Build a head per task; a line is one pixel wide, so edge's may tell pixels apart, not quarters."""
+    """Build a head per task; a line is one pixel wide, so edge's may draw every pixel."""
     fine = {task: cfg.edge_cells for task in cfg.tasks if data.TASKS[task].kind == "edge"}
     return nn.ModuleDict({task: Head(cfg.dim, n, views, fine.get(task, 1)) for task, n in cfg.tasks.items()})
 
