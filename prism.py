@@ -91,7 +91,7 @@ class PrismConfig:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     official: bool = False  # arithmetic of the released code, for its checkpoints
     student: str = "prism"  # which of STUDENTS `build` makes: prism, sak, or a control: dense, wide, moe
-    without: tuple[str, ...] = ()  # ablations of prism: parts of PARTS that are left out
+    without: tuple[str, ...] = ()  # ablate anchor (and gate), shared, context, or film (c is concatenated)
 
 
 SIZES = {
@@ -103,13 +103,6 @@ SIZES = {
     "small": PrismConfig(),
     "base": PrismConfig(dim=768, heads=12),
     "large": PrismConfig(dim=1024, depth=24, heads=16, moe_blocks=(5, 11, 17, 23)),
-}
-
-PARTS = {  # what `without` may leave out of the dual stream
-    "anchor": "the dense stream, and the gate with it",
-    "shared": "the expert that takes every token",
-    "film": "FiLM: the context's embedding is concatenated to the router's input instead",
-    "context": "all that the router hears of the context",
 }
 
 # -------------------------------------------------------------------------------------- attention, MLP
