@@ -773,8 +773,6 @@ def begin(args: Args, rt: Runtime, name: str, taught: teachers.Teachers):
     tasks = tasks if stage.view == "multitask" else {}
     (height, width), patch = stage.image_size, prism.SIZES[args.size].patch
 
-    if path.is_symlink() and not path.exists():
-        raise FileNotFoundError(f"{path} is a link to {os.readlink(path)}, which is gone; mend or remove it")
     stored = prism.read_checkpoint(path) if path.exists() and not args.fresh else None
     source = init_source(args, name)
     moved = stored and source and source.endswith(".pt") and not Path(source).exists()  # no longer needed
