@@ -1352,7 +1352,7 @@ def main(args: Args) -> None:
         return score_files(args)
     if args.image is args.contest is None and not (args.cost or args.probe):
         return score_checkpoint(args)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if train.process_place()[1] > 1:
         raise ValueError("only the scores of a checkpoint are shared out; use python instead of torchrun")
     device = prism.choose_device(args.device)
     run = report_cost if args.cost else report_probes if args.probe else contest

@@ -1368,15 +1368,6 @@ def test_terms_are_means_over_the_step(share):
     torch.testing.assert_close(gradients(6 // share), gradients(1), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("variables", [{"RANK": "1"}, {"RANK": "", "WORLD_SIZE": ""}, {"WORLD_SIZE": "x"}])
-def test_ranks_that_cannot_be_are_refused(variables, monkeypatch):
-    """Catches a process that computes nothing, or a slice that is not there."""
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="RANK .* of WORLD_SIZE .* cannot be; use torchrun"):
-        train.start_runtime("cpu")
-
-
 def test_a_step_is_saved_before_it_is_told(small_world, tmp_path, tiny, monkeypatch):
     """Catches a checkpoint lost because whoever read the log has gone."""
     def gone(text, **_):
