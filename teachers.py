@@ -468,37 +468,13 @@ SOURCES = {row[0]: Source(*row[1:3], *map(int, row[3:]))
            for row in map(str.split, TABLE.strip().splitlines())}
 
 
-# What no short name tells: flags of a family, for encoders of its shape with random weights.
-SHAPES = {
-    "dinov2": {"prefix": 1, **DINO_FLAGS}, "dinov2-reg": {"prefix": 5, "antialias": True, **DINO_FLAGS},
-    "clip": {"prefix": 1, **CLIP_FLAGS}, "sam": {"window": 14, **IMAGENET},
-    "siglip2": {"activation": "gelu_tanh", **HALF}, "augreg": {"prefix": 1, **HALF},
-    "dinov3": {"prefix": 5, "rope": 100.0, **DINO_FLAGS},
-}
-
-
-def random_encoder(name: str) -> Encoder:
-    """Make an encoder of a named teacher's shape and cost, with random weights: nothing is fetched."""
-    source = SOURCES[name]
-    family = next(f for f in sorted(SHAPES, key=len, reverse=True) if name.startswith(f))
-    flags, side = SHAPES[family], source.pixels // source.patch
-    quarters = tuple((k + 1) * source.depth // 4 - 1 for k in range(4)) if "window" in flags else ()
-    torch.manual_seed(0)
-    encoder = Encoder(EncoderConfig(
-        source.width, source.depth, HEADS.get(source.width) or source.width // 64, 4 * source.width,
-        source.patch, (side, side), global_blocks=quarters, **flags))
-    for p in encoder.parameters():
-        nn.init.trunc_normal_(p, std=0.02)
-    return encoder
-
-
 # owner/name@revision; what ends like a file is none, but a file that is not there
 REPO = re.compile(r"(?!.*\.(?:safetensors|pth|pt|bin)$)([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
 
 def check_source(source: str) -> None:
     """Raise ValueError for a source that cannot be one, before anything is fetched or trained."""
-    known = source in TOYS or source.removeprefix("random:") in SOURCES or Path(source).expanduser().exists()
+    known = source in TOYS or source in SOURCES or Path(source).expanduser().exists()
     if not known and not REPO.fullmatch(source):
         raise ValueError(f"unknown teacher {source}: no such name, file or folder; names are "
                          f"{', '.join((*TOYS, *SOURCES))}; or give a hub repo as owner/name@revision")
@@ -1057,9 +1033,8 @@ def load_teacher(source: str, size: int | None = None, device: str | torch.devic
                  sha256: str | None = None) -> Teacher:
     """Load a frozen teacher; what is not in the cache is fetched, a toy is trained (half a minute).
 
-    source: a short name (`python teachers.py` lists them), random: and such a name (its shape, random
-    weights, nothing fetched), a hub repo id, a folder with config.json and weights, or a weights file.
-    size: see Teacher (toys: 64). sha256: what the weights file must have.
+    source: a short name (`python teachers.py` lists them), a hub repo id, a folder with config.json and
+    weights, or a weights file. size: see Teacher (toys: 64). sha256: what the weights file must have.
     Raises ValueError or OSError.
     """
     if source in TOYS:
@@ -1069,8 +1044,6 @@ def load_teacher(source: str, size: int | None = None, device: str | torch.devic
         provenance = {"kind": "toy", "objective": TOYS[source].objective.__name__,
                       "settings": path.stem.rpartition("-")[2], "licence": "MIT"}
         size = size or encoder.cfg.grid[0] * encoder.cfg.patch
-    elif source.removeprefix("random:") in SOURCES and source not in SOURCES:
-        encoder, provenance = random_encoder(source.removeprefix("random:")), {"kind": "random weights"}
     else:
         weights = read_source(source, sha256)
         encoder, family = read_encoder(weights)
