@@ -778,6 +778,11 @@ def decode_file(path: Path, decode):
                          "there") from error
 
 
+def read_json(path: Path) -> dict:
+    """Read a JSON object; {} if there is no such file."""
+    return decode_file(path, lambda path: dict(json.loads(path.read_text()))) if path.exists() else {}
+
+
 def load_array(path: Path, field: str = "", mode: str | None = None) -> np.ndarray:
     """Read a .npy file, a field of a .mat file, or an image; without a mode, palette files keep their ids."""
     if path.suffix == ".npy":
@@ -1090,7 +1095,7 @@ class OwnFolder(LabelFolder):
         return sorted(held if self.split == "val" else known.keys() - held)
 
     def find_labels(self) -> None:
-        captions, described = (self.read_json(name) for name in ("captions", "dataset"))
+        captions, described = (read_json(self.root / f"{name}.json") for name in ("captions", "dataset"))
         self.captions = {k: v if isinstance(v, dict) else {"caption": v} for k, v in captions.items()}
         for task, given in described.items():
             enter_task(task, given)
@@ -1106,10 +1111,6 @@ class OwnFolder(LabelFolder):
         self.tasks = {task: self.count_classes(task) if row.kind == "classes" else row.channels
                       for task, row in TASKS.items()
                       if task in self.files or (task == "edge" and self.files["labelmap"])}
-
-    def read_json(self, name: str) -> dict:
-        file = self.root / f"{name}.json"
-        return decode_file(file, lambda path: dict(json.loads(path.read_text()))) if file.exists() else {}
 
     def count_classes(self, task: str) -> int:
         """Count the classes of a task; without names, by the largest id of all labels."""

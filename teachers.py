@@ -506,7 +506,7 @@ def read_source(source: str, sha256: str | None = None) -> Weights:
                          "safetensors.torch.load_file and save them as one model.safetensors")
     with open(path, "rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
-    record = read_json(path.parent / "source.json")
+    record = data.read_json(path.parent / "source.json")
     expected = sha256 or record.get("sha256", digest)
     if expected.lower() != digest:
         raise ValueError(f"{path} has sha256 {digest} instead of {expected}; delete it and fetch it again")
@@ -526,17 +526,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def read_json(path: Path) -> dict:
-    """Read a JSON object; {} if there is no such file."""
-    return data.decode_file(path, lambda path: json.loads(path.read_text())) if path.exists() else {}
-
-
 def read_hints(folder: Path) -> dict:
     """Collect from config.json and its like what shapes do not tell, in EncoderConfig's terms.
 
     "told": what of it the files themselves said.
     """
-    config, preprocessor, processor, clip = (read_json(folder / name) for name in SIDECARS)
+    config, preprocessor, processor, clip = (data.read_json(folder / name) for name in SIDECARS)
     vision, timm = config.get("vision_config", config), config.get("pretrained_cfg", {})
     tower = clip.get("model_cfg", {}).get("vision_cfg", {})  # open_clip
     terms = {"num_attention_heads": "heads", "layer_norm_eps": "eps", "rope_theta": "rope",
