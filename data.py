@@ -83,8 +83,8 @@ Image.MAX_IMAGE_PIXELS = 2**29  # telephones make 2e8
 # ------------------------------------------------------------------------------------ what every script needs
 
 
-def track(items: Iterable, what: str, total: int, start: int = 0, quiet: bool = False) -> Iterable:
-    """Pass on `items` under a progress bar, where there is a terminal."""
+def track(items: Iterable, what: str, total: int | None = None, start=0, quiet=False) -> Iterable:
+    """Pass on `items` under a progress bar, where there is a terminal; total: where they have no length."""
     return progress.track(items, what, total, start, disable=quiet or not sys.stdout.isatty())
 
 
@@ -1117,7 +1117,7 @@ class OwnFolder(LabelFolder):
         if task == "human_parts":
             self.classes.setdefault(task, PARTS)
         if task not in self.classes:
-            files = track(self.files[task].values(), f"count classes of {task}", len(self.files[task]))
+            files = track(self.files[task].values(), f"count classes of {task}")
             maps = (decode_file(path, load_array) for path in files)
             most = max(int(ids[ids != IGNORE].max(initial=0)) for ids in maps)
             self.classes[task] = [str(k) for k in range(most + 1)]
@@ -1694,7 +1694,7 @@ def check(spec: str, most: int = 64) -> bool:
     """Open the data set, decode evenly spaced samples; True if all can be read."""
     dataset, failed = open_data(spec, "train"), []
     chosen = range(0, len(dataset), -(-len(dataset) // most))
-    for i in track(chosen, "decoding", len(chosen)):
+    for i in track(chosen, "decoding"):
         try:
             dataset.read(i)
         except (ValueError, OSError) as error:

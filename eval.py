@@ -559,7 +559,7 @@ def evaluate(model, dataset, device, batch_size: int, tasks: Sequence[str], rank
     """
     metrics = {task: new_metric(task, dataset, protocol) for task in tasks}
     starts = range(rank * batch_size, len(dataset), world_size * batch_size)
-    for start in data.track(starts, f"evaluate {' '.join(tasks)}", len(starts), quiet=rank > 0):
+    for start in data.track(starts, f"evaluate {' '.join(tasks)}", quiet=rank > 0):
         samples = [dataset.read(i) for i in range(start, min(start + batch_size, len(dataset)))]
         for sample, maps in zip(samples, solve(model, samples, dataset.size, device, tasks), strict=True):
             score(metrics, maps, sample)
@@ -585,7 +585,7 @@ class Floor(nn.Module):
     def __init__(self, dataset, device):
         super().__init__()
         self.maps, counts = {}, {}
-        for i in data.track(range(len(dataset)), "floor", len(dataset)):
+        for i in data.track(range(len(dataset)), "floor"):
             sample = dataset[i]
             for task in dataset.tasks:
                 y = sample[task][None] if sample[task].ndim == 2 else sample[task]  # (C, H, W)
@@ -734,7 +734,7 @@ def read_map(folder: Path, task: str, name: str, size: tuple[int, int], channels
 def evaluate_files(folder: Path, dataset, tasks: Sequence[str], protocol: str | None = None) -> dict:
     """Score the files of a folder as `evaluate` scores a model."""
     metrics = {task: new_metric(task, dataset, protocol) for task in tasks}
-    for i in data.track(range(len(dataset)), f"score {' '.join(tasks)}", len(dataset)):
+    for i in data.track(range(len(dataset)), f"score {' '.join(tasks)}"):
         sample = dataset.read(i)
         size = sample["image"].shape[:2]
         score(metrics, {task: read_map(folder, task, dataset.ids[i], size, dataset.tasks[task])
@@ -755,13 +755,12 @@ def routing(model, images: Tensor, batch_size: int = 32) -> tuple[list[dict], Te
     """
     if not model.routed:
         return [], None
-    cfg, blocks, chunks = model.cfg, [], []
-    for part in data.track(images.split(batch_size), "routing", -(-len(images) // batch_size)):
+    cfg, blocks, picks, gates = model.cfg, [], [], []
+    for part in data.track(images.split(batch_size), "routing"):
         routes = [model.route(part, context) for context in model.contexts]
-        chunks.append(([[r.topk_idx for r in block] for block in zip(*routes, strict=True)],
-                       [torch.stack([r.gate.mean(1) for r in block]) for block in zip(*routes, strict=True)]))
-    picks = torch.cat([torch.stack([torch.stack(block) for block in found]) for found, _ in chunks], 2)
-    gates = torch.cat([torch.stack(gate) for _, gate in chunks], 2).mean((1, 2))
+        picks.append(torch.stack([torch.stack([r.topk_idx for r in own]) for own in routes], 1))
+        gates.append(torch.stack([torch.stack([r.gate.mean(1) for r in own]) for own in routes], 1))
+    picks, gates = torch.cat(picks, 2), torch.cat(gates, 2).mean((1, 2))  # (blocks, contexts, B, N, K)
     for b, block in enumerate(cfg.moe_blocks):
         counts = F.one_hot(picks[b].flatten(1), cfg.experts).sum(1).double().cpu().numpy()  # (contexts, E)
         rows = dict(zip(model.contexts, (counts / counts.sum(1, keepdims=True)).tolist(), strict=True))
@@ -1021,7 +1020,7 @@ def score_captions(args: "Args", source: str) -> None:
     size = tuple(n * model.cfg.trunk.patch for n in model.cfg.trunk.grid)
     pairs = data.Captioned(data.open_data(source, args.split, size=size), size, model.encode)
     nats, count, first = 0.0, 0, len(model.start)
-    for start in data.track(range(0, len(pairs), args.batch_size), "captions", len(pairs) // args.batch_size):
+    for start in data.track(range(0, len(pairs), args.batch_size), "captions"):
         batch = pairs.collate([pairs[i] for i in range(len(pairs))[start : start + args.batch_size]])
         images, tokens = batch["image"].to(model.pos.device), batch["tokens"].to(model.pos.device)
         known = (tokens[:, first:] != data.PAD).sum().item()
@@ -1170,7 +1169,7 @@ def draw_photos(args: "Args", device) -> None:
     if not photos:
         raise ValueError(f"{', '.join(map(str, args.image))} holds no images; name photos or folders of them")
     stems = [path.stem for path in photos]
-    for k, path in enumerate(data.track(photos, "photos", len(photos))):
+    for k, path in enumerate(data.track(photos, "photos")):
         name = f"{path.stem}{f'-{k + 1}' if path.stem in stems[:k] else ''}"  # a.jpg and b/a.jpg
         side = args.photo_side or min(cfg.grid) * cfg.patch
         photo = data.read_photo(path, 4 * side if args.save_predictions is None else None)
