@@ -525,19 +525,6 @@ def stack(samples: list[dict], name: str) -> Tensor:
     return torch.stack([sample[name] for sample in samples])
 
 
-def first_images(dataset, count: int) -> Tensor:
-    """Stack the first images (B, 3, H, W); what cannot be read is named and left out: one, or 1 in 100."""
-    images, lost = [], 0
-    for i in range(min(len(dataset), count)):
-        try:
-            images.append(dataset[i]["image"])
-        except (ValueError, OSError) as error:
-            if (lost := lost + 1) > max(1, count // 100):
-                raise
-            print(f"{error}; left out", flush=True)
-    return torch.stack(images)
-
-
 def new_metric(task: str, dataset, protocol: str | None = None) -> Metric:
     """Build the empty metric of a task; protocol: of boundaries, default the data's."""
     protocol = protocol or dataset.boundary_protocol
@@ -1296,7 +1283,7 @@ def score_checkpoint(args: Args) -> None:
     if "trunk" in stored["config"]:
         return score_captions(args, source)
     cfg, rt = prism.config_from(stored["config"], args.ckpt), train.start_runtime(args.device)
-    options = {}
+    options = {"train": False}  # no random views; what cannot be read is replaced
     if source.partition(":")[0] in ("folder", *data.UNLABELLED):  # of all sizes: fit the student's
         options["size"] = tuple(n * cfg.patch for n in cfg.grid)
     dataset = train.first_rank_first(rt, lambda: data.open_data(source, args.split, **options))
@@ -1312,14 +1299,14 @@ def score_checkpoint(args: Args) -> None:
     floors = {}
     if tasks and args.floor:
         try:
-            training = data.open_data(source, "train", train=False, **options)
+            training = data.open_data(source, "train", **options)
             found = evaluate(Floor(training, rt.device), dataset, rt.device, 32, tasks, protocol=protocol)
             floors = {task: headline(task, value) for task, value in found.items()}
         except (ValueError, OSError) as error:  # who scores need not have what was trained on
             print(f"no floor: {prism.one_line(error)}", flush=True)
     results = {"checkpoint": args.ckpt.name, "step": stored.get("step"), "seed": stored.get("seed"), "data":
                source, **report(args, dataset, metrics, protocol, out_dir / f"results{suffix}.json", floors)}
-    images = first_images(dataset, 128).to(rt.device)
+    images = torch.stack([dataset[i, 0, 0]["image"] for i in range(min(len(dataset), 128))]).to(rt.device)
     results["routing"], best = routing(model, images, args.batch_size)
     pictures = {"predictions": draw_predictions(model, dataset, rt.device, tasks)} if tasks else {}
     if best is not None:

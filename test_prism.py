@@ -3883,8 +3883,8 @@ class Scenes:
             "depth": np.where(x < 3, 0, 2 + 0.1 * y).astype(np.float32),
         }
 
-    def __getitem__(self, i):
-        return data.to_tensors(self.read(i), (32, 32))
+    def __getitem__(self, key):
+        return data.to_tensors(self.read(key[0] if isinstance(key, tuple) else key), (32, 32))
 
 
 class Oracle(torch.nn.Module):
