@@ -1433,16 +1433,15 @@ def to_tensors(sample: dict, size: tuple[int, int]) -> dict[str, torch.Tensor]:
     pixels /= 255
     image = pixels.transpose(1, 2, 0)  # (H, W, 3), a view
     out = {"image": image if image.shape[:2] == size else pad(image, size, MEAN_COLOUR)}
-    out |= {key: pad(sample[key], size, row.unknown) for key, row in TASKS.items() if key in sample}
-    for key, row in TASKS.items():
-        if key not in out:
-            continue
+    for key in (key for key in TASKS if key in sample):
+        row = TASKS[key]
+        y = out[key] = pad(sample[key], size, row.unknown)
         if row.kind == "normals":
-            out[key][~out[key].any(-1)] = IGNORE
+            y[~y.any(-1)] = IGNORE
         elif row.kind == "number":
-            out[key][np.isnan(out[key]) | (out[key] == row.unknown)] = IGNORE
-        elif row.needs_object and not (out[key] % IGNORE).any():  # all 0 or 255
-            out[key][:] = IGNORE  # no part in sight: nothing to learn from or to score
+            y[np.isnan(y) | (y == row.unknown)] = IGNORE
+        elif row.needs_object and not (y % IGNORE).any():  # all 0 or 255
+            y[:] = IGNORE  # no part in sight: nothing to learn from or to score
     for key, array in out.items():
         classes = key in TASKS and TASKS[key].kind in ("classes", "mask")
         array = array.transpose(2, 0, 1) if array.ndim == 3 else array  # (3, S, S)
@@ -1669,16 +1668,6 @@ def sheet(columns: Sequence[str], rows: Sequence[tuple[str, list[np.ndarray]]], 
     return canvas
 
 
-def contact_sheet(dataset: Samples, rows: int, side: int = 192) -> Image.Image:
-    """Draw evenly spaced samples as rows, image and labels as columns."""
-    drawn = []
-    for i in range(0, len(dataset), -(-len(dataset) // rows)):
-        sample = dataset.read(i)
-        pictures = [sample["image"], *(colourise(task, sample[task]) for task in dataset.tasks)]
-        drawn.append((f"{sample['name']}   {sample.get('caption', '')}", pictures))
-    return sheet(["image", *dataset.tasks], drawn, side, dataset.classes)
-
-
 def guess_spec(given: str) -> str:
     """Turn a folder into a spec of `open_data`; a spec stays as it is."""
     root = Path(given)
@@ -1690,10 +1679,10 @@ def guess_spec(given: str) -> str:
     return f"{next((kind for kind, found in marks.items() if found), 'images')}:{root}"
 
 
-def check(spec: str, most: int = 64) -> bool:
-    """Open the data set, decode evenly spaced samples; True if all can be read."""
+def check(spec: str) -> bool:
+    """Open the data set, decode 64 evenly spaced samples; True if all can be read."""
     dataset, failed = open_data(spec, "train"), []
-    chosen = range(0, len(dataset), -(-len(dataset) // most))
+    chosen = range(0, len(dataset), -(-len(dataset) // 64))
     for i in track(chosen, "decoding"):
         try:
             dataset.read(i)
@@ -1716,9 +1705,13 @@ class Args:
 def main(args: Args) -> int:
     if args.check:
         return 0 if check(guess_spec(args.check)) else 1
-    dataset = open_data(guess_spec(args.show), args.split)
-    contact_sheet(dataset, args.rows).save(args.out)
-    print(f"{args.out}: {args.rows} rows of {len(dataset)} samples of {dataset.root}")
+    dataset, rows = open_data(guess_spec(args.show), args.split), []
+    for i in range(0, len(dataset), -(-len(dataset) // args.rows)):  # evenly spaced
+        sample = dataset.read(i)
+        pictures = [sample["image"], *(colourise(task, sample[task]) for task in dataset.tasks)]
+        rows.append((f"{sample['name']}   {sample.get('caption', '')}", pictures))
+    sheet(["image", *dataset.tasks], rows, 192, dataset.classes).save(args.out)
+    print(f"{args.out}: {len(rows)} rows of {len(dataset)} samples of {dataset.root}")
     return 0
 
 
