@@ -378,20 +378,19 @@ def smooth(x: np.ndarray) -> np.ndarray:
     return run(run(x.T).T) / 16
 
 
-def smooth_widely(x: np.ndarray, radius: int = 4) -> np.ndarray:
-    """Filter x (H, W) float32 with [1 .. r r+1 r .. 1] / (r+1)^2 across and down, borders mirrored.
+def smooth_widely(x: np.ndarray) -> np.ndarray:
+    """Filter x (H, W) float32 with [1 2 3 4 5 4 3 2 1] / 25 across and down, borders mirrored.
 
     A triangle's second difference is 1, -2, 1, so each line is a running sum of a running sum.
     """
     def run(x, scale):  # along the first axis
-        n, r = len(x), radius + 1
-        around = np.pad(x, ((r, r), (0, 0)), mode="symmetric")
-        bend = around[: n - 1] + around[2 * r : 2 * r + n - 1] - 2 * x[:-1]
-        ramp = around[r : 2 * r].cumsum(0)
+        around = np.pad(x, ((5, 5), (0, 0)), mode="symmetric")
+        bend = around[: len(x) - 1] + around[10 : len(x) + 9] - 2 * x[:-1]
+        ramp = around[5:10].cumsum(0)
         first = 2 * ramp.cumsum(0)[-1] - ramp[-1]
         return (np.concatenate([first[None], bend.cumsum(0)]) * scale).cumsum(0)
 
-    return run(run(x.T, np.float32(1 / (radius + 1) ** 4)).T, 1)
+    return run(run(x.T, np.float32(1 / 5**4)).T, 1)
 
 
 def orientation(x: np.ndarray) -> np.ndarray:
@@ -1060,9 +1059,9 @@ def titled(task: str) -> str:
     return f"{task}, {row.unit}" if row.kind == "number" and row.unit else task
 
 
-def draw_predictions(model, dataset, device, tasks: Sequence[str], scenes: int = 6) -> Image.Image:
-    """Draw scenes spread over the dataset: the image, then prediction and truth of every task."""
-    indices = np.linspace(0, len(dataset) - 1, min(scenes, len(dataset))).astype(int).tolist()
+def draw_predictions(model, dataset, device, tasks: Sequence[str]) -> Image.Image:
+    """Draw six scenes spread over the dataset: the image, then prediction and truth of every task."""
+    indices = np.linspace(0, len(dataset) - 1, min(6, len(dataset))).astype(int).tolist()
     samples, rows = [dataset.read(i) for i in indices], []
     for truth, maps in zip(samples, solve(model, samples, dataset.size, device, tasks), strict=True):
         cells = [truth["image"]]

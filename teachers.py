@@ -1123,7 +1123,7 @@ def pca_picture(level: Tensor, base: Tensor | None = None) -> tuple[np.ndarray, 
     return (255 * y).round().byte().view(*level.shape[1:], 3).numpy(), share.item()
 
 
-def draw_features(photo: np.ndarray, members: dict[str, Teacher], side: int = 256) -> Image.Image:
+def draw_features(photo: np.ndarray, members: dict[str, Teacher]) -> Image.Image:
     """Draw a row per teacher: the photo, then its four levels, see `pca_picture`."""
     image, rows = torch.from_numpy(photo).permute(2, 0, 1)[None].float() / 255, []
     for name, teacher in members.items():
@@ -1133,7 +1133,7 @@ def draw_features(photo: np.ndarray, members: dict[str, Teacher], side: int = 25
         text = (f"{name}: {h} x {w} patches of {teacher.width} channels; red, green and blue are the three "
                 f"main components and hold {held} % of the variance")
         rows.append((text, [photo, *pictures]))
-    return data.sheet(["photo", *(f"level {k + 1} of 4" for k in range(4))], rows, side)
+    return data.sheet(["photo", *(f"level {k + 1} of 4" for k in range(4))], rows, 256)
 
 
 def list_teachers() -> None:

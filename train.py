@@ -726,7 +726,7 @@ def place(args: Args, rt: Runtime, student: prism.Student) -> nn.Module:
     student.to(rt.device).train()
     if args.freeze == "trunk":
         student.blocks.eval()  # no noise in its routers
-    if rt.device.type == "cuda" if args.compile is None else args.compile:
+    if args.compile:
         student.compile_parts()
     blocks = getattr(student, "text", student).blocks
     for block in blocks if args.recompute else ():  # around the compiled one: it cannot look inside
@@ -934,14 +934,14 @@ def main(args: Args) -> None:
 def train(args: Args) -> None:
     """Check, train or load the teachers, run the stages one after the other."""
     first, rt = prepare(args), start_runtime(args.device)
+    args.compile = rt.device.type == "cuda" if args.compile is None else args.compile
     with explained(), held(args.out_dir, rt.rank):
         # Without teachers a student keeps the contexts that it learned under them.
         taught = SimpleNamespace(widths=first.get("config", {}).get("teachers", {}), targets=None,
                                  provenance=first.get("provenance", {}).get("teachers", {}))
         if args.distill:
-            compiled = rt.device.type == "cuda" if args.compile is None else args.compile
             taught = first_rank_first(
-                rt, lambda: teachers.Teachers(args.teachers, rt.device, compiled, args.sam_size))
+                rt, lambda: teachers.Teachers(args.teachers, rt.device, args.compile, args.sam_size))
         for who, provenance in taught.provenance.items() if rt.rank == 0 else ():
             print(f"teacher {who}: {teachers.describe(provenance)}")
         for name in args.stages():
