@@ -652,21 +652,14 @@ def probe(features: Callable[[Tensor], list[Tensor]], fitted, scored, device="cp
 
 
 def report_probes(args: "Args", device) -> None:
-    """Print linear probes of an untrained network, of the teachers, and of the checkpoint if there is one."""
+    """Print linear probes of the checkpoint's features, of an untrained student's and of the teachers'."""
     torch.manual_seed(0)
-    source, stored = args.data or "world", {}
-    if args.ckpt.exists():
-        stored, model = prism.read_checkpoint(args.ckpt), prism.load(args.ckpt, device)
-        source = args.data or stored.get("provenance", {}).get("data", "world")
-        blank = prism.build(model.cfg).to(device).eval()
-        members = load_members(stored, device)
-        rows = {f"student as {name}": partial(model.features, context=name) for name in model.cfg.teachers}
-        rows["untrained"] = partial(blank.features, context=next(iter(model.cfg.teachers)))
-    else:
-        members = {name: teachers.load_teacher(name, device=device) for name in teachers.TOYS}
-        encoder = teachers.Encoder(teachers.EncoderConfig()).to(device).eval()
-        rows = {"untrained": teachers.Teacher(encoder, None, {}).features}
-    rows |= {name: teacher.features for name, teacher in members.items()}
+    stored, model = prism.read_checkpoint(args.ckpt), prism.load(args.ckpt, device)
+    source = args.data or stored.get("provenance", {}).get("data", "world")
+    blank = prism.build(model.cfg).to(device).eval()
+    rows = {f"student as {name}": partial(model.features, context=name) for name in model.cfg.teachers}
+    rows["untrained"] = partial(blank.features, context=next(iter(model.cfg.teachers)))
+    rows |= {name: teacher.features for name, teacher in load_members(stored, device).items()}
     splits = ("probe" if source.startswith("world") else "train", args.split)  # a world keeps rooms for this
     fitted, scored = (data.open_data(source, split, train=False) for split in splits)
     found = {row: probe(features, fitted, scored, device) for row, features in rows.items()}
@@ -1202,7 +1195,7 @@ class Args:
     predictions: Path | None = None  # score the files of this folder, without a checkpoint
     floor: bool = True  # also score what needs no image: commonest class, mean of the training labels
     analysis: int = 0  # on so many images also: how well the student imitates its teachers
-    probe: bool = False  # instead: linear probes of the toy teachers, and of the checkpoint's features
+    probe: bool = False  # instead: linear probes of the checkpoint's features, and of its teachers'
     cost: bool = False  # instead: parameters, multiply-adds and latency, beside a dense ViT
     image_size: tuple[int, ...] | None = None  # of --cost: side, or height and width, pixels
     contest: tuple[str, ...] | None = None  # instead: train and compare students, the first with the others
