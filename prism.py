@@ -245,10 +245,7 @@ class Experts(nn.Module):
         return y
 
     def forward(self, x: Tensor, topk_idx: Tensor, topk_w: Tensor) -> Tensor:
-        """Compute `plain` fast: sort by expert, matrix products on contiguous rows, gather back.
-
-        x (T, D), topk_idx (T, K) int64, topk_w (T, K); returns (T, D).
-        """
+        """Compute `plain` fast: sort by expert, matrix products on contiguous rows, gather back."""
         T, K = topk_idx.shape
         expert, order = topk_idx.flatten().to(torch.uint8).sort(stable=True)  # (T*K,): row -> slot t*K + k
         slots = torch.arange(T * K, device=x.device)
@@ -761,12 +758,11 @@ def resize_pos(pos: Tensor, grid: tuple[int, int], to: tuple[int, int]) -> Tenso
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Count parameters: all, and those that work on one token (K of E experts)."""
-    total = sum(p.numel() for p in model.parameters())
-    idle = 0
+    total = active = sum(p.numel() for p in model.parameters())
     for block in (m for m in model.modules() if isinstance(m, DualStreamBlock)):
         cfg, routed = block.router.cfg, sum(p.numel() for p in block.experts.parameters())
-        idle += routed // cfg.experts * (cfg.experts - cfg.top_k)
-    return total, total - idle
+        active -= routed // cfg.experts * (cfg.experts - cfg.top_k)
+    return total, active
 
 
 # -------------------------------------------------------------------------------------------- Prismer
