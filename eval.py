@@ -95,8 +95,6 @@ class MeanIoU(Metric):
     def update(self, prediction, target) -> None:
         """Count prediction and target ([B,] H, W), class ids; target 255 = ignore."""
         prediction, target = as_arrays(prediction, target)
-        if prediction.dtype.kind == "f":
-            raise ValueError("prediction holds no whole numbers; pass class ids, such as the argmax")
         valid, n = target != data.IGNORE, len(self.sums["confusion"])
         prediction, target = prediction[valid].astype(np.int64), target[valid].astype(np.int64)
         for kind, ids in (("prediction", prediction), ("target", target)):
@@ -989,8 +987,6 @@ def cider_d(found: Sequence[str], references: Sequence[Sequence[str]]) -> float:
 @torch.inference_mode()
 def score_captions(args: "Args", source: str) -> None:
     """Score a Prismer: plain nats per token, CIDEr-D and facts of its captions; draw some."""
-    if train.process_place()[1] > 1:
-        raise ValueError("captions are scored by one process; use python instead of torchrun")
     model = prism.load(args.ckpt, prism.choose_device(args.device))
     size = tuple(n * model.cfg.trunk.patch for n in model.cfg.trunk.grid)
     pairs = data.Captioned(data.open_data(source, args.split, size=size), size, model.encode)
@@ -1227,10 +1223,10 @@ def as_json(results: dict) -> str:
 
 
 def report(args: Args, dataset, metrics: dict[str, dict], protocol: str, file: Path,
-           floors: dict[str, float] | None = None) -> dict:
+           floors: dict[str, float]) -> dict:
     """Write, print and return the numbers beside what needs no image, and Delta_m if there is a reference."""
     results = {"split": args.split, "images": len(dataset), "classes": dataset.classes, "protocol": protocol,
-               "headline": {task: headline(task, metrics[task]) for task in metrics}, "floor": floors or {},
+               "headline": {task: headline(task, metrics[task]) for task in metrics}, "floor": floors,
                "metrics": metrics}
     if args.reference:
         reference = json.loads(args.reference.read_text())
@@ -1239,7 +1235,7 @@ def report(args: Args, dataset, metrics: dict[str, dict], protocol: str, file: P
     write_files(file.parent, {file.name: as_json(results)})  # first: whoever reads may be gone
     if metrics:
         prism.show(f"{args.split}, boundaries: {protocol}", {
-            f"{task} {k}": {"value": v} | ({"floor": (floors or {}).get(task, ""), "headline": "*"}
+            f"{task} {k}": {"value": v} | ({"floor": floors.get(task, ""), "headline": "*"}
                                            if k == data.TASKS[task].metric else {})
             for task, numbers in metrics.items() for k, v in numbers.items() if isinstance(v, float)})
     if args.reference:
@@ -1259,7 +1255,7 @@ def score_files(args: Args) -> None:
                          f"{', '.join(dataset.tasks)}: one folder each, of that name")
     protocol = dataset.boundary_protocol if args.protocol == "auto" else args.protocol
     file = (args.out_dir or args.predictions) / "results.json"
-    report(args, dataset, evaluate_files(args.predictions, dataset, tasks, protocol), protocol, file)
+    report(args, dataset, evaluate_files(args.predictions, dataset, tasks, protocol), protocol, file, {})
 
 
 def score_checkpoint(args: Args) -> None:

@@ -496,15 +496,13 @@ class Prism(Student):
     def __init__(self, cfg: PrismConfig):
         without = cfg.without or CONTROLS.get(cfg.student, ())
         super().__init__(replace(cfg, without=without) if cfg.student == "moe" else cfg)
-        self.routed, extra = cfg.student in ("prism", "moe"), 0.0
-        if cfg.student == "wide":  # as wide as all that is active in PRISM's blocks
-            extra = (1 + cfg.top_k) * cfg.expert_ratio
+        self.routed = cfg.student in ("prism", "moe")
+        ratios = [cfg.mlp_ratio] * cfg.depth
+        for i in cfg.moe_blocks if cfg.student == "wide" else ():  # as wide as all that is active in PRISM's
+            ratios[i] += (1 + cfg.top_k) * cfg.expert_ratio
         self.blocks = nn.ModuleList(
-            Block(cfg.dim, cfg.heads, int(cfg.dim * cfg.mlp_ratio)) if i not in cfg.moe_blocks
-            else DualStreamBlock(self.cfg) if self.routed
-            else Block(cfg.dim, cfg.heads, int(cfg.dim * (cfg.mlp_ratio + extra)))
-            for i in range(cfg.depth)
-        )
+            DualStreamBlock(self.cfg) if self.routed and i in cfg.moe_blocks
+            else Block(cfg.dim, cfg.heads, int(cfg.dim * ratio)) for i, ratio in enumerate(ratios))
         self.norm = nn.LayerNorm(cfg.dim, eps=1e-6)
         self.views = len(cfg.teachers) if self.routed and cfg.recompose == "views" else 0
         if self.views:
