@@ -203,6 +203,9 @@ def enter_task(name: str, given: dict) -> None:
         TASKS[name] = row._replace(unknown=math.nan, distance=False) if row.kind == "number" else row
     elif given.get("kind", TASKS[name].kind) != TASKS[name].kind:
         raise ValueError(f"{name} is known as a task of kind {TASKS[name].kind}; choose another name")
+    elif given.get("unit", TASKS[name].unit) != TASKS[name].unit:
+        raise ValueError(f"{name} is in {TASKS[name].unit} elsewhere, {given['unit']} here; convert it")
+
 
 PASCAL_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable "
                   "dog horse motorbike person pottedplant sheep sofa train tvmonitor").split()
@@ -815,10 +818,11 @@ def check_range(path: Path, array: np.ndarray, most: float, least: float = 0):
 
 
 def load_mask(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    """Read a mask {0, 1}: gray levels, set from 128 on, or 0..1 in a .npy file."""
+    """Read a mask {0, 1}: set where the brightest channel is 128 or more, or from 0..1 in a .npy file."""
     if path.suffix == ".npy":
         return (load_label(path, shape, 1) > 0.5).astype(np.uint8)
-    return (check_gray(path, load_label(path, shape, 255, mode="L")) >= 128).astype(np.uint8)
+    levels = load_label(path, (*shape, 3), 255, mode="RGB").max(-1)  # palettes have dark red for 1
+    return (check_gray(path, levels) >= 128).astype(np.uint8)
 
 
 def check_gray(path: Path, array: np.ndarray) -> np.ndarray:
@@ -934,7 +938,7 @@ def files_by_id(folder: Path) -> dict[str, Path]:
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).with_suffix("").as_posix()
-        if is_image(str(path.relative_to(folder))) or path.suffix == ".npy":
+        if is_image(str(path.relative_to(folder)), (".npy",)):
             if name in found:
                 raise ValueError(f"{found[name]} and {path.name} share a name; keep one of them")
             found[name] = path
@@ -945,7 +949,8 @@ def find_files(root: Path, kind: str) -> dict[str, str]:
     """Return the files of a data set in that folder: NYUDv2 comes in packagings of other endings."""
     files = {}
     for key, pattern in KINDS[kind].files.items():
-        endings = (path.suffix for path in (root / pattern).parent.glob("*.*"))
+        endings = (path.suffix for path in (root / pattern).parent.glob("*.*")
+                   if is_image(path.name, (".npy", ".mat")))
         files[key] = str(Path(pattern).with_suffix(min(endings, default=Path(pattern).suffix)))
     return files
 
@@ -1008,6 +1013,8 @@ class LabelFolder(Samples):
         self._cache = {} if (kind == "world" if cache is None else cache) else None
         self.captions: dict[str, dict] = {}
         super().__init__(self.list_ids(), size or default_size, train, seed, **options)
+        if not self.ids:
+            raise ValueError(f"{self.root} has no image in split {split}; write {split}.txt, an id per line")
         self.find_labels()
 
     def list_ids(self) -> list[str]:
@@ -1050,7 +1057,7 @@ class LabelFolder(Samples):
     def decode(self, name: str, labels: bool) -> dict:
         path = self.paths(name)
         image = read_photo(path["image"])
-        sample = {"image": image, "name": name, **self.captions.get(name, {})}
+        sample = {**self.captions.get(name, {}), "image": image, "name": name}
         return sample | (self.decode_labels(path, image.shape[:2]) if labels else {})
 
     def decode_labels(self, path: dict[str, Path], shape: tuple[int, int]) -> dict:
@@ -1119,6 +1126,8 @@ class OwnFolder(LabelFolder):
             maps = (decode_file(path, load_array) for path in files)
             most = max(int(ids[ids != IGNORE].max(initial=0)) for ids in maps)
             self.classes[task] = [str(k) for k in range(most + 1)]
+            if most == 0:
+                raise ValueError(f"{self.root / task} has id 0 alone, and {IGNORE} = void; write 0, 1, ...")
             say(f"{task} has ids 0..{most}; name the classes in {self.root / 'dataset.json'}")
         return len(self.classes[task])
 
@@ -1156,6 +1165,7 @@ class OwnFolder(LabelFolder):
                              "dataset.json: units per step")
         array = load_label(path, shape).astype(np.float32) * np.float32(scale)
         array[~np.isfinite(array)] = TASKS[task].unknown
+        array[array == IGNORE] = np.nextafter(np.float32(IGNORE), np.float32(0))  # a height, say: it is known
         if TASKS[task].distance:
             check_range(path, array, IGNORE - 1)
         return array
@@ -1192,9 +1202,9 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 TRIES = 10  # unreadable images in a row for one sample
 
 
-def is_image(name: str) -> bool:
+def is_image(name: str, more: tuple[str, ...] = ()) -> bool:
     """Tell an image by its suffix; what has a dot in front is another program's note or waste bin."""
-    return name.lower().endswith(SUFFIXES) and not re.search(r"(^|/)\.[^./]", name)
+    return name.lower().endswith((*SUFFIXES, *more)) and not re.search(r"(^|/)\.[^./]", name)
 
 
 def list_images(root: Path) -> list[str]:
@@ -1202,6 +1212,12 @@ def list_images(root: Path) -> list[str]:
     paths = (os.path.relpath(os.path.join(folder, name), root)
              for folder, _, names in os.walk(root, followlinks=True) for name in names)
     return sorted(filter(is_image, paths))
+
+
+def image_folder(root: Path) -> Path:
+    """Return where the images of a folder lie: of a labelled data set not with its labels."""
+    kind = guess_spec(str(root)).partition(":")[0]
+    return root / os.path.dirname(KINDS[kind].files["image"]) if kind in KINDS else root
 
 
 def find_tars(pattern: str) -> list[str]:
@@ -1244,9 +1260,9 @@ class ImageFolder(Samples):
         elif kind == "imagenet":
             say(f"{self.root} has no folder {split}: all images below it are taken")
         self.tars = []
-        if (labelled := guess_spec(str(self.root)).partition(":")[0]) in KINDS:
-            self.root /= os.path.dirname(KINDS[labelled].files["image"])
-            say(f"{root} has labels, as {labelled} has: of its images those in {self.root} are taken")
+        if (inner := image_folder(self.root)) != self.root:
+            say(f"{root} has labels: of its images those in {inner} are taken")
+            self.root = inner
         if self.root.is_dir():
             names = list_images(self.root)
         elif ".tar" in self.root.name:
@@ -1536,7 +1552,7 @@ class Captioned(Dataset):
         if not isinstance(samples, CaptionList):
             self.captions = [[samples.captions.get(name, {}).get("caption", "")] for name in samples.ids]
         if empty := [name for name, texts in zip(samples.ids, self.captions, strict=True)
-                     if not all(isinstance(text, str) and text.strip() for text in texts)]:
+                     if not texts or not all(isinstance(text, str) and text.strip() for text in texts)]:
             raise ValueError(f"{empty[0]} of {self.source} has no caption, as {len(empty)} in all; write "
                              "them, or leave the images out")
 
@@ -1672,8 +1688,8 @@ def guess_spec(given: str) -> str:
     if not root.is_dir():
         return given
     own = (root / "images").is_dir() and any((root / name).exists() for name in (*TASKS, "dataset.json"))
-    marks = {"world": (root / "meta.json").exists(), "pascal": (root / KINDS["pascal"].lists).is_dir(),
-             "nyud": (root / KINDS["nyud"].lists).is_dir(), "folder": own}
+    marks = {kind: (root / KINDS[kind].lists).is_dir() for kind in ("pascal", "nyud")}
+    marks |= {"world": "key" in read_json(root / "meta.json"), "folder": own}
     return f"{next((kind for kind, found in marks.items() if found), 'images')}:{root}"
 
 

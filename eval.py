@@ -95,6 +95,8 @@ class MeanIoU(Metric):
     def update(self, prediction, target) -> None:
         """Count prediction and target ([B,] H, W), class ids; target 255 = ignore."""
         prediction, target = as_arrays(prediction, target)
+        if prediction.dtype.kind == "f":
+            raise ValueError("prediction holds no whole numbers; pass class ids, such as the argmax")
         valid, n = target != data.IGNORE, len(self.sums["confusion"])
         prediction, target = prediction[valid].astype(np.int64), target[valid].astype(np.int64)
         for kind, ids in (("prediction", prediction), ("target", target)):
@@ -104,11 +106,12 @@ class MeanIoU(Metric):
         self.sums["confusion"] += np.bincount(target * n + prediction, minlength=n * n).reshape(n, n)
 
     def compute(self) -> dict:
-        """Return `miou` and `per_class` in percent; a class that never occurs is 0 and counts."""
+        """Return `miou` and `per_class` in percent; a class that never occurs is 0 and counts; nan without a
+        valid pixel."""
         confusion = self.sums["confusion"]
         hit = confusion.diagonal()
         iou = 100 * hit / np.maximum(confusion.sum(0) + confusion.sum(1) - hit, 1e-8)
-        return {"miou": float(iou.mean()), "per_class": iou.tolist()}
+        return {"miou": float(iou.mean()) if confusion.any() else math.nan, "per_class": iou.tolist()}
 
 
 class MaxF(Metric):
@@ -148,12 +151,14 @@ class MaxF(Metric):
             self.sums["iou"] += np.where(union == 0, 1, hit / np.maximum(union, 1))
 
     def compute(self) -> dict:
-        """Return `maxf` (of the summed counts) and `miou` (mean over images) in percent."""
+        """Return `maxf` (of the summed counts) and `miou` (mean over images) in percent, or nan."""
+        if not self.sums["images"]:
+            return {"maxf": math.nan, "miou": math.nan}
         hit = self.sums["hit"]
         precision = hit / (self.sums["predicted"] + 1e-8)
         recall = hit / (self.sums["salient"] + 1e-8)
         f = 1.3 * precision * recall / (0.3 * precision + recall + 1e-8)
-        iou = self.sums["iou"] / max(self.sums["images"], 1)
+        iou = self.sums["iou"] / self.sums["images"]
         return {"maxf": float(100 * f.max()), "miou": float(100 * iou.max())}
 
 
@@ -252,7 +257,8 @@ class BoundaryF(Metric):
         precision = np.where(predicted == 0, 1, matched_p / np.maximum(predicted, 1))
         f = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
         best = int(f.argmax())
-        return {"odsf": float(100 * f[best]), "threshold": round(float(self.thresholds[best]), 4),
+        return {"odsf": float(100 * f[best]) if tasks else math.nan,
+                "threshold": round(float(self.thresholds[best]), 4),
                 "precision": float(100 * precision[best]), "recall": float(100 * recall[best]),
                 "counts": counts}
 
@@ -325,6 +331,8 @@ def delta_m(metrics: dict, reference: dict) -> float:
     gains = []
     for task, base in reference.items():
         value, base = headline(task, metrics[task]), headline(task, base)
+        if not (base or 0) > 0:  # None: a results.json has it for nan
+            raise ValueError(f"reference of {task} is {base}; Delta_m divides by it: give one > 0")
         sign = -1 if data.TASKS[task].lower_is_better else 1
         gains.append(sign * (value - base) / base)
     return 100 * sum(gains) / len(gains)
@@ -511,7 +519,7 @@ def score(metrics: dict[str, Metric], maps: dict[str, np.ndarray], sample: dict)
     for task, metric in metrics.items():
         if (truth[task] != data.IGNORE).any():  # of edges, maps are scored that are no label of training
             metric.update(maps[task], sample.get("labelmap", truth[task].numpy())
-                          if data.TASKS[task].kind == "edge" else truth[task])
+                          if task == "edge" else truth[task])
 
 
 def stack(samples: list[dict], name: str) -> Tensor:
@@ -521,7 +529,8 @@ def stack(samples: list[dict], name: str) -> Tensor:
 def new_metric(task: str, dataset, protocol: str | None = None) -> Metric:
     """Build the empty metric of a task; protocol: of boundaries, default the data's."""
     protocol = protocol or dataset.boundary_protocol
-    limits = (0, 80) if data.TASKS[task].distance else (-math.inf, math.inf)
+    most = data.IGNORE if dataset.kind == "folder" else 80  # metres
+    limits = (0, most) if data.TASKS[task].distance else (-math.inf, math.inf)
     metrics = {"classes": lambda: MeanIoU(dataset.tasks[task]), "normals": NormalError,
                "number": lambda: DepthRMSE(*limits),
                "mask": lambda: MaxF("invpt" if protocol == "invpt" else "sak"),
@@ -677,7 +686,8 @@ def write_maps(folder: Path, name: str, maps: dict[str, np.ndarray]) -> None:
         if data.TASKS[task].files[0] == ".npy":
             np.save(folder / task / f"{name}.npy", array.astype(np.float32))
         else:
-            array = 255 * array if array.dtype.kind == "f" else array
+            if array.dtype.kind == "f":  # less than 2 all over is nothing, and would look like class ids
+                array = 255 * array * (array.max() >= 2 / 255)
             whole = array.astype(np.uint8)  # the floor
             Image.fromarray(whole).save(folder / task / f"{name}.png")
 
@@ -766,8 +776,8 @@ def load_members(stored: dict, device) -> dict[str, teachers.Teacher]:
     try:
         for name, width in stored["config"]["teachers"].items():
             was = recorded[name]
-            source = name if was.get("kind") == "toy" else was["source"]
-            members[name] = teachers.load_teacher(source, was.get("size"), device, was.get("sha256"))
+            size = was["size"] if isinstance(was.get("size"), int) else None  # else words: the image's own
+            members[name] = teachers.load_teacher(was.get("source", name), size, device, was.get("sha256"))
             settings = members[name].provenance.get("settings")
             if members[name].width != width or settings != was.get("settings"):
                 print(f"{name} is another here than it was in training")
@@ -1135,8 +1145,8 @@ def draw_photos(args: "Args", device) -> None:
     tasks = choose_tasks(args.tasks, cfg.tasks, cfg)
     classes = stored.get("provenance", {}).get("classes", {})
     legends = {task: names for task, names in classes.items() if task in tasks}
-    photos = [path / name for path in args.image
-              for name in (data.list_images(path) if path.is_dir() else [""])]
+    folders = [data.image_folder(path) for path in args.image]  # or photos
+    photos = [path / name for path in folders for name in (data.list_images(path) if path.is_dir() else [""])]
     if not photos:
         raise ValueError(f"{', '.join(map(str, args.image))} holds no images; name photos or folders of them")
     stems = [path.stem for path in photos]
@@ -1228,11 +1238,12 @@ def report(args: Args, dataset, metrics: dict[str, dict], protocol: str, file: P
     results = {"split": args.split, "images": len(dataset), "classes": dataset.classes, "protocol": protocol,
                "headline": {task: headline(task, metrics[task]) for task in metrics}, "floor": floors,
                "metrics": metrics}
+    write_files(file.parent, {file.name: as_json(results)})  # first: whoever reads may be gone
     if args.reference:
         reference = json.loads(args.reference.read_text())
         reference = reference.get("headline", reference)
         results |= {"reference": reference, "delta_m": delta_m(metrics, reference)}
-    write_files(file.parent, {file.name: as_json(results)})  # first: whoever reads may be gone
+        write_files(file.parent, {file.name: as_json(results)})
     if metrics:
         prism.show(f"{args.split}, boundaries: {protocol}", {
             f"{task} {k}": {"value": v} | ({"floor": floors.get(task, ""), "headline": "*"}

@@ -628,6 +628,8 @@ def download(url: str, path: Path, sha256: str | None = None) -> dict | None:
 def transfer(url: str, part: Path) -> dict | None:
     """Add to `part` what it lacks; returns "commit" and "sha256" as the hub states them, None for a 404."""
     have, token = part.stat().st_size if part.exists() else 0, os.environ.get("HF_TOKEN", "").strip()
+    if not re.fullmatch(r"[!-~]*", token):
+        raise ValueError("HF_TOKEN holds characters that no token has; set it anew")
     headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {}),
                **({"Authorization": f"Bearer {token}"} if token else {})}
     # auth: without one, requests replaces the token if ~/.netrc knows the host
@@ -1034,7 +1036,7 @@ def load_teacher(source: str, size: int | None = None, device: str | torch.devic
         train_missing_toys([source], device)
         encoder, path = Encoder(TOYS[source].encoder), toy_path(source)
         encoder.load_state_dict(read_tensors(path))
-        provenance = {"kind": "toy", "objective": TOYS[source].objective.__name__,
+        provenance = {"kind": "toy", "source": source, "objective": TOYS[source].objective.__name__,
                       "settings": path.stem.rpartition("-")[2], "licence": "MIT"}
         size = size or encoder.cfg.grid[0] * encoder.cfg.patch
     else:

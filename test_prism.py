@@ -2148,14 +2148,16 @@ def test_sam_pads_after_normalising_and_crops_the_map(tmp_path):
 
 
 def test_any_mix_of_teachers_trains_and_is_recorded(small_world, tmp_path, toy_cache, monkeypatch):
-    """Catches checkpoints that do not say which weights taught, a resume with others of the same names."""
+    """Catches checkpoints that do not say which weights taught, or so that they cannot be found again, a
+    resume with others of the same names."""
     monkeypatch.setitem(prism.SIZES, "toy", replace(TINY, teachers={}, tasks={}))
     config = {"num_attention_heads": 2, "hidden_act": "gelu"}
     clip, sam = (tiny_folder(tmp_path / family, family, config) for family in ("clip", "sam"))
     run = functools.partial(tiny_run, small_world, tmp_path / "out", stage="deconstruct", steps=2)
-    mix = "toy-sam", f"laion={clip}", sam
+    mix = "masks=toy-sam", f"laion={clip}", sam
     stored = run(teachers=mix, sam_size=12)
-    assert stored["config"]["teachers"] == {"toy-sam": 16, "laion": 16, "sam": 16}
+    assert stored["config"]["teachers"] == {"masks": 16, "laion": 16, "sam": 16}
+    assert list(scoring.load_members(stored, "cpu")) == ["masks", "laion", "sam"]
     said = stored["provenance"]["teachers"]
     for name, kind, folder in (("laion", "CLIP", clip), ("sam", "SAM", sam)):
         sha256 = hashlib.sha256((Path(folder) / "model.safetensors").read_bytes()).hexdigest()
@@ -2364,6 +2366,9 @@ def test_tokens(hub, tmp_path, monkeypatch):
             teachers.fetch_repo("lab/vit")
         assert "secret" not in str(caught.value) and not hub.faults
         assert hub.asked[-1][3] == (f"Bearer {token}" if token else None)
+    monkeypatch.setenv("HF_TOKEN", "hf_se\ncret")
+    with pytest.raises(ValueError, match="^HF_TOKEN holds"):  # else the error would show it
+        teachers.download(hub.url, tmp_path / "y")
     monkeypatch.setenv("HF_TOKEN", "hf_secret\r\n")
     hub.store = "localhost"
     facts = teachers.download(hub.url, tmp_path / "x")
@@ -2619,8 +2624,17 @@ def test_orientation_is_all_that_counts_of_exif(kind, tmp_path):
 
 
 def test_pictures_that_cannot_be_meant(tmp_path):
-    """Catches 0/1 masks taken for an empty scene, float pixels clipped, a waste bin that is listed."""
+    """Catches 0/1 masks, or dark palettes, taken for an empty scene, or an empty scene for them; float pixels
+    clipped, a waste bin that is listed."""
     mask = np.pad(np.ones((8, 8), np.uint8), 4)
+    picture = Image.fromarray(mask, "P")
+    picture.putpalette([0, 0, 0, 128, 0, 0])  # as many programs colour labels
+    picture.save(tmp_path / "p.png")
+    assert np.array_equal(data.load_mask(tmp_path / "p.png", (16, 16)), mask)
+    (tmp_path / "p.png").unlink()
+    scoring.write_maps(tmp_path, "empty", {"sal": np.full((16, 16), 0.006)})
+    assert not scoring.read_map(tmp_path, "sal", "empty", (16, 16), 2).any()
+    shutil.rmtree(tmp_path / "sal")
     Image.fromarray(mask).save(tmp_path / "m.png")
     Image.fromarray(mask * 0.5).save(tmp_path / "f.tif")
     with pytest.raises(ValueError, match="m.png holds 0 and 1 where 0..255 is meant"):
@@ -2758,6 +2772,10 @@ def test_own_folder_is_read_as_it_is(own, capsys):
         (own / task / "03.png").rename(own / task / "below/03.png")
     ids = [name for split in ("train", "val") for name in data.open_data(f"folder:{own}", split).ids]
     assert "below/03" in ids and len(ids) == 12
+    (own / "dataset.json").write_text('{"weeds": {"kind": "classes"}}')
+    write_array(own / "weeds/00.png", np.uint8(255) * np.eye(30, 20, dtype=np.uint8))
+    with pytest.raises(ValueError, match="weeds has id 0 alone, and 255 = void"):
+        data.open_data(f"folder:{own}", "train")
 
 
 def test_large_samples_are_shrunk_whole():
@@ -2794,7 +2812,7 @@ def test_own_folder_trains_and_is_scored_at_its_own_size(own, tmp_path, tiny, ca
         assert np.asarray(Image.open(tmp_path / name / "semseg/00.png")).shape == (30, 20)
     data.TASKS.pop("height", None)
     scoring.main(scoring.Args(
-        ckpt=out / "prism.pt", image=(own / "images",), device="cpu", context="toy-dino",
+        ckpt=out / "prism.pt", image=(own,), device="cpu", context="toy-dino",
         save_predictions=tmp_path / "raw", save_features=tmp_path / "levels"))
     assert np.load(tmp_path / "raw/height/02.npy").shape == (45, 100)
     levels = np.load(tmp_path / "levels/02.npy")
@@ -2826,7 +2844,7 @@ def test_readme_s_own_code_runs(tmp_path, monkeypatch):
 
 
 def test_a_missing_label_teaches_and_costs_nothing(own):
-    """Catches unknown pixels in a loss, or an image without a label in a score."""
+    """Catches unknown pixels in a loss, an image without a label in a score, another label in its place."""
     dataset = data.open_data(f"folder:{own}", "train", size=(32, 32))
     batch = {key: torch.stack([dataset[i][key] for i in (4, 5)]) for key in ("sal", "height")}
     x = torch.randn(2, 2, 32, 32)
@@ -2843,6 +2861,11 @@ def test_a_missing_label_teaches_and_costs_nothing(own):
     assert found["sal"]["maxf"] == pytest.approx(100) and found["height"]["rmse"] == 0
     assert found["semseg"]["per_class"] == pytest.approx([100, 0, 100])
     assert len(metrics["edge"].sums["images"]) == 1 and metrics["sal"].sums["images"] == 6
+    data.TASKS["cracks"], cracks = data.TASKS["edge"], np.eye(20, dtype=np.uint8)
+    metric = scoring.BoundaryF(0.01, "simple")
+    scoring.score({"cracks": metric}, {"cracks": 1.0 * cracks}, {
+        "image": np.zeros((20, 20, 3), np.uint8), "labelmap": cracks[::-1], "cracks": cracks})
+    assert metric.compute()["odsf"] > 90
 
 
 @pytest.mark.parametrize("path, content, message", [
@@ -2853,7 +2876,9 @@ def test_a_missing_label_teaches_and_costs_nothing(own):
     ("val.txt", "04\n77\n", r"images lacks 77 that val.txt names .1 in all."),
     ("dataset.json", '{"age": {"unit": "a"}}', "age is no known task; name it by letters and _"),
     ("dataset.json", '{"sal": {"kind": "number"}}', "sal is known as a task of kind mask"),
+    ("dataset.json", '{"depth": {"unit": "cm"}}', "depth is in m elsewhere, cm here"),
     ("dataset.json", "{", "dataset.json cannot be decoded"),
+    ("val.txt", "", "own has no image in split val; write val.txt"),
     ("dataset.json", '{"height": {"kind": "number"}}', "height/05.png holds steps of an unknown size"),
     ("depth/x", "", "depth is empty; label images/<id>")])
 def test_what_is_wrong_with_an_own_folder_is_one_line(path, content, message, own):
@@ -3484,10 +3509,11 @@ NAN = dict.fromkeys(["mean", "median", "within_11.25", "within_22.5", "within_30
 
 @pytest.mark.parametrize("task, prediction, target, expected", [
     ("semseg", [[0, 0, 1, 1]], [[0, 1, 1, 255]], {"miou": 20, "per_class": [50, 50, 0, 0, 0]}),
-    ("semseg", BLANK, BLANK + 255, {"miou": 0, "per_class": [0] * 5}),
+    ("semseg", BLANK, BLANK + 255, {"miou": math.nan, "per_class": [0] * 5}),
     # t <= .1: P 2/3, R 1, F 1.3 (2/3) / (.2 + 1) = .7222;  t in (.1, .9]: P = R = 1/2, F = 1/2
     ("sal", [[0.9, 0.9, 0.1, 0.0]], [[1, 0, 1, 0]], {"maxf": 130 * (2 / 3) / 1.2, "miou": 200 / 3}),
     ("sal", 0.0 * BLANK, BLANK, {"maxf": 0, "miou": 100}),
+    ("sal", 0.0 * BLANK, BLANK + 255, {"maxf": math.nan, "miou": math.nan}),
     # pooled: sqrt((1 + 9) / 4), not the mean of sqrt(1/2) and sqrt(9/2)
     ("depth", [[[3.0, 2]], [[5, 2]]], [[[2.0, 2]], [[2, 2]]], {"rmse": math.sqrt(2.5), "delta1": 50}),
     ("depth", torch.tensor([[2, 4]], dtype=torch.bfloat16), [[2.0, 4]], {"rmse": 0, "delta1": 100}),
@@ -3495,8 +3521,8 @@ NAN = dict.fromkeys(["mean", "median", "within_11.25", "within_22.5", "within_30
     ("normals", UP[None, None], 0 * UP[None, None], NAN),
 ])
 def test_metrics_by_hand(task, prediction, target, expected):
-    """Catches precision and recall swapped, a crash where nothing is labelled or salient, a perfect 0 of
-    data without labels, sums of images that are not pooled, numpy's refusal of bfloat16."""
+    """Catches precision and recall swapped, a crash where nothing is labelled or salient, a 0 of data
+    without labels, sums of images that are not pooled, numpy's refusal of bfloat16."""
     same_numbers(expected, score(task, prediction, target), rtol=1e-7)
 
 
@@ -3508,11 +3534,12 @@ def test_metrics_by_hand(task, prediction, target, expected):
     (lambda: scoring.boundary_levels(np.array([[0.0, 2.0]]), "sak"), r"are 0\.\.2; pass 0\.\.1"),
     (lambda: scoring.delta_m({"sal": 1.0}, {}), "name at least one"),
     (lambda: scoring.delta_m({"sal": 1.0}, {"depth": 1.0}), "score all"),
+    (lambda: scoring.delta_m({"sal": 1.0}, {"sal": None}), "divides by it"),
     (lambda: scoring.choose_tasks((), {"semseg": 12}, Scenes()), "semseg has 12 channels, the data 3"),
 ])
 def test_what_cannot_be_scored_is_named(call, message):
     """Catches ids that wrap around in the bincount, shapes that broadcast, nan that counts as a low score,
-    logits taken for probabilities, other classes than in training."""
+    logits taken for probabilities, a reference without a number, other classes than in training."""
     with pytest.raises(ValueError, match=message):
         call()
 
@@ -3762,6 +3789,7 @@ class Scenes:
 
     tasks, max_dist, ids, boundary_protocol, size = PLAINEST.tasks, 0.02, list("01234"), "simple", (32, 32)
     classes = {"semseg": ["wall", "floor", "ball"], "human_parts": [f"part {k}" for k in range(7)]}
+    kind = "world"
 
     def __len__(self):
         return 5

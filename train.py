@@ -318,7 +318,7 @@ def inherit(args: Args) -> dict:
         setattr(args, name, getattr(args, name) or getattr(cfg, name))
     found = stored.get("provenance", {}).get("teachers", {})
     args.teachers = args.teachers or tuple(
-        name if was.get("kind") == "toy" else f"{name}={was['source']}" for name, was in found.items()
+        f"{name}={was.get('source', name)}" for name, was in found.items()
     ) or tuple(teachers.TOYS)
     args.distill = args.distill and not args.freeze
     return {k: stored[k] for k in ("config", "provenance") if k in stored and args.stage == "recompose"}
