@@ -1541,7 +1541,8 @@ def squeeze(image: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
 
 
 class Captioned(Dataset):
-    """Images of any data whose `read` gives captions, with the tokens of one caption each.
+    """Images of any data whose `read` gives captions, with the tokens of one caption each: of several, in
+    training, that which (step, slot) choose.
 
     encode: text -> tokens (T,) int64. Raises ValueError where a caption lacks.
     """
@@ -1560,9 +1561,10 @@ class Captioned(Dataset):
         return len(self.samples)
 
     def __getitem__(self, key: int | tuple[int, int, int]) -> dict:
-        i = key[0] if isinstance(key, tuple) else key
-        image = self.samples.read(i, False)["image"]
-        return {"image": squeeze(image, self.size), "tokens": self.encode(self.captions[i][0])}
+        i, *place = key if isinstance(key, tuple) else (key,)
+        image, texts = self.samples.read(i, False)["image"], self.captions[i]
+        k = np.random.default_rng(place).integers(len(texts)) if place else 0
+        return {"image": squeeze(image, self.size), "tokens": self.encode(texts[k])}
 
     @staticmethod
     def collate(rows: list[dict]) -> dict:
@@ -1591,6 +1593,12 @@ def sample_order(length: int, batch_size: int, steps: range, seed: int, rank: in
         yield batch
 
 
+def ignore_signals(_) -> None:
+    """Leave Ctrl-C and SIGTERM, which torchrun sends to all, to the process that trains and saves."""
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, signal.SIG_IGN)
+
+
 def batches(dataset: Samples, batch_size: int, steps: int, start: int = 0, seed: int = 0,
             rank: int = 0, world_size: int = 1, workers: int = 0, device="cpu") -> Iterator[dict]:
     """Yield the batches of steps start .. steps - 1: tensors stacked, images on `device`, names as a list.
@@ -1602,7 +1610,7 @@ def batches(dataset: Samples, batch_size: int, steps: int, start: int = 0, seed:
     generator = torch.Generator()  # its own, else starting the loader would draw from the global one
     try:
         for batch in DataLoader(dataset, batch_sampler=order, num_workers=workers, generator=generator,
-                                pin_memory=torch.cuda.is_available(),
+                                pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_signals,
                                 collate_fn=getattr(dataset, "collate", None)):
             image = batch["image"].to(device, non_blocking=True)
             batch["image"] = image.float().div_(255) if image.dtype == torch.uint8 else image

@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -1087,7 +1088,9 @@ def test_training_goes_on_from_released_weights(small_world, tmp_path, tiny, mon
         assert stored["config"]["official"] and all(v.isfinite().all() for v in stored["model"].values())
     assert first["provenance"]["init"].startswith("released.pth ")
     tiny_run(small_world, tmp_path / "both", lr=1e-3, **settings)
-    assert "holds all 2 steps" in capsys.readouterr().out
+    (tmp_path / "both" / "deconstruct.pt").unlink()
+    tiny_run(small_world, tmp_path / "both", lr=1e-3, **settings | {"init": None}, stage="recompose")
+    assert capsys.readouterr().out.count("holds all 2 steps") == 3
 
 
 @pytest.mark.parametrize("names, changes, message", [
@@ -2158,6 +2161,9 @@ def test_any_mix_of_teachers_trains_and_is_recorded(small_world, tmp_path, toy_c
     stored = run(teachers=mix, sam_size=12)
     assert stored["config"]["teachers"] == {"masks": 16, "laion": 16, "sam": 16}
     assert list(scoring.load_members(stored, "cpu")) == ["masks", "laion", "sam"]
+    after = train.Args(stage="recompose", out_dir=tmp_path / "out")
+    train.inherit(after)
+    assert after.teachers == ("masks=toy-sam", *mix[1:2], f"sam={sam}") and after.sam_size == 12
     said = stored["provenance"]["teachers"]
     for name, kind, folder in (("laion", "CLIP", clip), ("sam", "SAM", sam)):
         sha256 = hashlib.sha256((Path(folder) / "model.safetensors").read_bytes()).hexdigest()
@@ -3173,7 +3179,8 @@ def same_batches(a, b):
 
 
 def test_loader_is_a_function_of_seed_and_step(small_world):
-    """Catches resuming or adding ranks or workers that changes what is seen, epochs that repeat a sample."""
+    """Catches resuming or adding ranks or workers that changes what is seen, epochs that repeat a sample,
+    workers that a signal to all ends before the trainer has saved."""
     def load(batch_size=10, views=3, **options):
         dataset = data.open_data(f"world:{small_world}", "train", seed=views)
         return list(data.batches(dataset, batch_size, 9, **{"seed": 3, **options}))
@@ -3192,6 +3199,11 @@ def test_loader_is_a_function_of_seed_and_step(small_world):
     assert names != sum((batch["name"] for batch in load(seed=4)), [])
     other = load(views=5)[0]
     assert other["name"] == whole[0]["name"] and not same_batches(other, whole[0])
+    rest = data.batches(data.open_data(f"world:{small_world}", "train"), 2, 9, workers=1)
+    next(rest)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGTERM)  # as torchrun does to whoever it started
+    assert len(list(rest)) == 8
 
 
 def test_views_and_splits(small_world):
@@ -4691,7 +4703,8 @@ def photo_list(folder, **changes) -> str:
 
 
 def test_photos_with_captions_are_learnt(small_world, tmp_path, tiny_decoder, capsys):
-    """Catches data that only the world has, a caption that differs the second time, results overwritten."""
+    """Catches data that only the world has, a caption that differs the second time, results overwritten, a
+    second caption that is never learnt."""
     spec, out = photo_list(tmp_path), tmp_path / "out"
     prismer_run(small_world, out, data=spec, batch_size=2, epochs=2, steps=None, prefix="a picture of")
     assert log_rows(out)[-1]["step"] == 3
@@ -4699,6 +4712,8 @@ def test_photos_with_captions_are_learnt(small_world, tmp_path, tiny_decoder, ca
     results = results_of(out, "captions.json")
     assert results["images"] == 3 and math.isfinite(results["nats per token"])
     assert results["scores"]["beam 3"].keys() >= {"CIDEr-D", "poses recall"} and len(results["truth"][1]) == 2
+    pairs = data.Captioned(data.open_data(spec, "train"), (32, 32), str)
+    assert {pairs[1, step, 0]["tokens"] for step in range(9)} == set(results["truth"][1])
     scoring.main(scoring.Args(ckpt=out / "prismer.pt", device="cpu", image=(tmp_path / "2.png",)))
     assert f"2.png: {results['captions']['beam 3'][2]}\n" in capsys.readouterr().out
     for name in ("captions.png", "2_caption.png"):
@@ -4719,6 +4734,7 @@ def test_photos_with_captions_are_learnt(small_world, tmp_path, tiny_decoder, ca
     ({"json": "[{"}, "train.json cannot be decoded"),
     ({"json": "{}"}, "train.json is no|has no captions"),
     ({"caption_experts": ("depth", "flow")}, "prism.pt draws no flow; --caption-experts takes semseg"),
+    ({"init": "CAPTIONER"}, "captioner.pt is a captioner; start from the student that it was made of"),
     ({"decoder": "robertina"}, "robertina"),
     ({"decoder": "WRONG"}, "is no RoBERTa of the 304 words in vocab.json; name one that is"),
     ({"init": "none.pt"}, "none.pt does not exist; name one with --init, or make it with --stage recompose"),
@@ -4729,6 +4745,9 @@ def test_bad_captions_give_one_line(changes, message, small_world, tmp_path, rob
     spec = photo_list(tmp_path, **changes.pop("rows", {}))
     if "json" in changes:
         (tmp_path / "train.json").write_text(changes.pop("json"))
+    if changes.get("init") == "CAPTIONER":
+        changes["init"] = str(tmp_path / "captioner.pt")
+        prism.save(small_prismer(), changes["init"])
     if changes.get("decoder") == "WRONG":
         changes["decoder"] = str(tmp_path)
         save_file({k: v[:300] for k, v in roberta[1].items()}, tmp_path / "model.safetensors")

@@ -73,7 +73,7 @@ class Args:
     image_size: tuple[int, ...] | None = None  # side, or height and width, pixels (default: the recipe's)
 
     decoder: str = "toy"  # of caption: toy, roberta-base, roberta-large, OWNER/NAME on the hub, or a folder
-    caption_experts: tuple[str, ...] = ("depth", "normals", "edge", "sal", "semseg")  # maps that it reads
+    caption_experts: tuple[str, ...] = ()  # maps that it reads (default: of Prismer's, those that there are)
     prismer_z: bool = False  # it reads no maps: the control
     prefix: str = ""  # how all captions begin, such as "A picture of"; no part of the loss
 
@@ -305,12 +305,13 @@ def inherit(args: Args) -> dict:
 
     Returns their checkpoint without weights, {} if there is none.
     """
-    stored = {}
     begun = None if args.fresh else args.out_dir / ON_PASCAL.checkpoint
-    for path in (init_source(args, args.stage), begun) if args.stage in ("recompose", "caption") else ():
-        if not stored and path and prism.is_student(path):
-            stored = prism.read_checkpoint(path)
+    known = (init_source(args, args.stage), begun) if args.stage in ("recompose", "caption") else ()
+    path = next((path for path in known if path and prism.is_student(path)), None)
+    stored = prism.read_checkpoint(path) if path else {}
     cfg = prism.config_from(stored["config"], path) if stored else prism.SIZES[args.size or "toy"]
+    if isinstance(cfg, prism.PrismerConfig):
+        raise ValueError(f"{path} is a captioner; start from the student that it was made of")
     shape = (cfg.dim, cfg.depth, cfg.patch)
     alike = (size for size, c in prism.SIZES.items() if (c.dim, c.depth, c.patch) == shape)
     args.size = args.size or next(alike, "toy")
@@ -320,6 +321,8 @@ def inherit(args: Args) -> dict:
     args.teachers = args.teachers or tuple(
         f"{name}={was.get('source', name)}" for name, was in found.items()
     ) or tuple(teachers.TOYS)
+    rough = (was["size"] for was in found.values() if "approximation" in was)
+    args.sam_size = args.sam_size or next(rough, None)
     args.distill = args.distill and not args.freeze
     return {k: stored[k] for k in ("config", "provenance") if k in stored and args.stage == "recompose"}
 
@@ -695,7 +698,8 @@ def build_prismer(args: Args, source: str | Path, pairs: data.Captioned) -> tupl
     patch = given["config"].get("trunk", given["config"])["patch"]
     trunk = prism.load(source, grid=tuple(n // patch for n in pairs.size))
     trunk = getattr(trunk, "student", trunk)  # where this run began is gone: what it has saved will do
-    maps = () if args.prismer_z else args.caption_experts
+    there = (task for task in ("depth", "normals", "edge", "sal", "semseg") if task in trunk.cfg.tasks)
+    maps = () if args.prismer_z else args.caption_experts or tuple(there)
     if lost := [task for task in maps if task not in trunk.cfg.tasks]:
         raise ValueError(f"{source} draws no {', '.join(lost)}; --caption-experts takes "
                          f"{', '.join(trunk.cfg.tasks)}")
@@ -774,7 +778,7 @@ def begin(args: Args, rt: Runtime, name: str, taught: teachers.Teachers):
     source = init_source(args, name)
     moved = stored and source and source.endswith(".pt") and not Path(source).exists()  # no longer needed
     source = None if moved else source
-    ours = source and (source.endswith(".pt") or prism.is_student(source))  # else a ViT in timm's names
+    ours = source and prism.is_student(source)  # else a ViT in timm's names
     given = prism.read_checkpoint(source) if ours else None
     official = (given or stored or {"config": {}})["config"].get("official", False)  # its arithmetic stays
     torch.manual_seed(args.seed)
@@ -789,6 +793,8 @@ def begin(args: Args, rt: Runtime, name: str, taught: teachers.Teachers):
             y = torch.stack([dataset[i][task] for i in range(min(64, len(dataset)))])
             nn.init.constant_(student.heads[task].last.bias, y[y != data.IGNORE].mean().nan_to_num())
         origin, report = fill_student(student, source, given)
+        if moved:
+            student.expect(stored["config"]["mean"], stored["config"]["std"])
         for key, p in student.named_parameters():
             idle = key.startswith(("projectors", "aligners")) and not taught.targets
             p.requires_grad_(not (idle or args.freeze and not re.match(NEW["multitask"], key)))
@@ -837,9 +843,10 @@ def train_stage(args: Args, rt: Runtime, name: str, taught: teachers.Teachers) -
 
     workers = args.workers
     if workers is None:  # the rendered world lies in memory: on a CPU, workers would only take cores
-        workers = min(16, data.core_count() // rt.world_size) if rt.device.type == "cuda" else 0
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", rt.world_size))
+        workers = min(16, data.core_count() // here) if rt.device.type == "cuda" else 0
     B = stage.batch_size // rt.world_size
-    passes = args.accumulate or global_max(choose_passes(stage, rt, cfg))
+    passes = args.accumulate or (stored or {}).get("passes") or global_max(choose_passes(stage, rt, cfg))
     if passes > 1 and rt.rank == 0:
         print(f"  {passes} passes per step")
     batches = data.batches(dataset, B, stage.steps, start, args.seed,
@@ -857,7 +864,8 @@ def train_stage(args: Args, rt: Runtime, name: str, taught: teachers.Teachers) -
                 group["lr"] = group["factor"] * lr_at(step, stage)
             values = []
             for i in range(passes):
-                noise = np.random.SeedSequence((args.seed, step, i))
+                own = rt.rank * (name == "caption")  # a decoder's dropout; other noise is cut from one draw
+                noise = np.random.SeedSequence((args.seed, step, i, own))
                 torch.manual_seed(noise.generate_state(1)[0].item())
                 part = {k: v[i * B // passes : (i + 1) * B // passes] for k, v in batch.items()}
                 alone = isinstance(model, DistributedDataParallel) and i < passes - 1
@@ -891,7 +899,7 @@ def train_stage(args: Args, rt: Runtime, name: str, taught: teachers.Teachers) -
             if saves and rt.rank == 0:
                 prism.write_checkpoint(path, {
                     "model": student.state_dict(), "config": asdict(cfg), "optimizer": optimizer.state_dict(),
-                    "stage": name, "step": done, "steps": stage.steps, "seed": args.seed,
+                    "stage": name, "step": done, "steps": stage.steps, "seed": args.seed, "passes": passes,
                     "provenance": provenance})
             if line and rt.rank == 0:
                 print(line, flush=True)  # after saving: whoever reads may be gone
