@@ -1593,10 +1593,9 @@ def sample_order(length: int, batch_size: int, steps: range, seed: int, rank: in
         yield batch
 
 
-def ignore_signals(_) -> None:
-    """Leave Ctrl-C and SIGTERM, which torchrun sends to all, to the process that trains and saves."""
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, signal.SIG_IGN)
+def leave_group(_) -> None:
+    """Leave Ctrl-C and SIGTERM to a whole group, as torchrun sends it, to the process that trains and saves."""
+    os.setsid()
 
 
 def batches(dataset: Samples, batch_size: int, steps: int, start: int = 0, seed: int = 0,
@@ -1610,7 +1609,7 @@ def batches(dataset: Samples, batch_size: int, steps: int, start: int = 0, seed:
     generator = torch.Generator()  # its own, else starting the loader would draw from the global one
     try:
         for batch in DataLoader(dataset, batch_sampler=order, num_workers=workers, generator=generator,
-                                pin_memory=torch.cuda.is_available(), worker_init_fn=ignore_signals,
+                                pin_memory=torch.cuda.is_available(), worker_init_fn=leave_group,
                                 collate_fn=getattr(dataset, "collate", None)):
             image = batch["image"].to(device, non_blocking=True)
             batch["image"] = image.float().div_(255) if image.dtype == torch.uint8 else image
