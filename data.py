@@ -1594,7 +1594,7 @@ def sample_order(length: int, batch_size: int, steps: range, seed: int, rank: in
 
 
 def leave_group(_) -> None:
-    """Leave Ctrl-C and SIGTERM to a whole group, as torchrun sends it, to the process that trains and saves."""
+    """Leave signals to a whole group, such as torchrun's SIGTERM, to the process that trains and saves."""
     os.setsid()
 
 
