@@ -73,7 +73,7 @@ class Args:
     image_size: tuple[int, ...] | None = None  # side, or height and width, pixels (default: the recipe's)
 
     decoder: str = "toy"  # of caption: toy, roberta-base, roberta-large, OWNER/NAME on the hub, or a folder
-    caption_experts: tuple[str, ...] = ()  # maps that it reads (default: of Prismer's, those that there are)
+    caption_experts: tuple[str, ...] = ()  # maps that it reads (default: those of Prismer that it draws)
     prismer_z: bool = False  # it reads no maps: the control
     prefix: str = ""  # how all captions begin, such as "A picture of"; no part of the loss
 
