@@ -908,7 +908,8 @@ class Prismer(nn.Module):
         if cfg.maps:
             self.latents = nn.Parameter(torch.randn(1, cfg.latents, D) * D**-0.5)
             self.resampler = nn.ModuleList(ResamplerBlock(D) for _ in range(cfg.resampler))
-        self.norm_pre, self.norm_post = nn.LayerNorm(D), nn.LayerNorm(D)
+            self.norm_pre = nn.LayerNorm(D)
+        self.norm_post = nn.LayerNorm(D)
         self.adaptors = nn.ModuleList(Adaptor(D) for _ in self.student.blocks)
 
     def compile_parts(self) -> None:
@@ -938,6 +939,8 @@ class Prismer(nn.Module):
         self.student.load_state_dict(student.state_dict())
         self.rgb.weight.copy_(student.patch_embed.weight)
         self.pos.copy_(student.pos_embed[:, 1:] + student.patch_embed.bias)
+        if hasattr(student, "norm"):
+            self.norm_post.load_state_dict(student.norm.state_dict())
         for task, stem in self.stems.items():
             if stem.kind == "classes":
                 ids = (self.tokenizer.encode(f" {name}") for name in classes[task])
@@ -949,7 +952,8 @@ class Prismer(nn.Module):
     def see(self, images: Tensor) -> Tensor:
         """Look at RGB in [0, 1] (B, 3, H, W), of the trunk's size, and at the student's maps of it.
 
-        Returns all that the decoder reads, (B, h * w + latents, D).
+        Returns all that the decoder reads, (B, h * w + latents, D). Patches enter the trunk as the student's
+        own do; the reference norms them, too, since its trunk (CLIP) brings a norm there.
         """
         student = self.student
         with torch.no_grad():  # without adaptors, else training would change its own input
@@ -961,8 +965,8 @@ class Prismer(nn.Module):
             latents, rest = self.latents.expand(len(z), -1, -1), torch.cat(rest, 1)
             for block in self.resampler:
                 latents = block(latents, rest)
-            z = torch.cat([z, latents], 1)  # (B, h * w + latents, D)
-        z, context = self.norm_pre(z), student.hear([student.context_ids(self.contexts[0], len(z))])
+            z = torch.cat([z, self.norm_pre(latents)], 1)  # (B, h * w + latents, D)
+        context = student.hear([student.context_ids(self.contexts[0], len(z))])
         for block, adaptor in zip(student.blocks, self.adaptors, strict=True):
             z = z + block.attn(block.norm1(z))
             z = z + adaptor(adaptor.norm(z))

@@ -4364,6 +4364,21 @@ def small_prismer(**changes) -> prism.Prismer:
     return model.eval()
 
 
+@torch.no_grad()
+def test_captioner_sees_at_first_what_its_student_sees():
+    """Catches a trunk that is fed at another scale, and so learns the grammar but not the picture."""
+    model, own = small_prismer(maps=(), trunk={"student": "dense"}), student(student="dense")
+    images = torch.rand(2, 3, 32, 32)
+    own.norm.weight.uniform_(1, 2)
+    model.start_from(own, {})
+    for adaptor in model.adaptors:
+        adaptor.up.weight.zero_(), adaptor.up.bias.zero_()
+    x = own.embed(images)[:, 1:]  # a captioner has no class token
+    for block in own.blocks:
+        x = block(x)
+    torch.testing.assert_close(model.see(images), own.norm(x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("size, maps, total, pretrained, tuned, parts", [
     ("base", True, 328.0, 157.9, 243.0, (25.2, 28.4, 14.2, 28.4, 14.2)),
     ("base", False, 274.9, 104.8, 189.8, (0.6, 0, 14.2, 28.4, 14.2)),
@@ -4432,7 +4447,7 @@ def test_prismer_equals_its_equations():
         latents = latents + attend_by_hand(block.self_attn, x, torch.cat([x, block.norm2(torch.cat(tokens))]))
         latents = latents + block.linear2(block.linear1(block.norm3(latents)).relu() ** 2)
     rgb = (model.rgb((image - 0.5) / 0.5).flatten(2).transpose(1, 2) + model.pos)[0]
-    z = model.norm_pre(torch.cat([rgb, latents]))
+    z = torch.cat([rgb, model.norm_pre(latents)])
     for block, a in zip(model.student.blocks, model.adaptors, strict=True):
         z = z + block.attn(block.norm1(z)[None])[0]
         z = z + a.up(a.down(a.norm(z)).relu() ** 2)
