@@ -3615,13 +3615,17 @@ def test_boundary_counts_equal_loops():
 
 def test_boundary_extremes():
     """Catches precision 0/0 without predictions, 8-bit maps read as probabilities, a score of untouched
-    images, and label maps from .mat files, whose columns lie in a row in memory."""
+    images, label maps from .mat files, whose columns lie in a row in memory, lines lost by shrinking."""
     labels = 3 * np.tri(12, dtype=np.int32)  # a diagonal: its boundary needs thinning
     truth = data.thin(scoring.seg2bmap(labels))
     for p, t in ((1.0 * truth, labels), (255 * truth.astype(np.uint8), labels),
                  (1.0 * truth, np.asfortranarray(labels))):
         perfect = score("edge", p, t)
         assert [perfect[k] for k in ("odsf", "precision", "recall")] == [100, 100, 100]
+    large = np.kron(labels, np.ones((60, 90), np.int32))  # 720 x 1080 pixels: scored at a half
+    metric = scoring.BoundaryF(0.01, "simple")
+    metric.update(scoring.seg2bmap(large) * 0.7, large)
+    assert metric.compute()["odsf"] == 100 and metric.sums["images"][0][:2] == (360, 540)
     silent = score("edge", np.zeros((12, 12), np.float32), labels)
     assert (silent["odsf"], silent["precision"], silent["recall"]) == (0, 100, 0)
     assert score("edge", np.zeros((12, 12)), 0 * labels)["odsf"] == 0
