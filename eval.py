@@ -1003,30 +1003,41 @@ def cider_d(found: Sequence[str], references: Sequence[Sequence[str]]) -> float:
 
 @torch.inference_mode()
 def score_captions(args: "Args", source: str) -> None:
-    """Score a Prismer: plain nats per token, CIDEr-D and facts of its captions; draw some."""
+    """Score a Prismer: plain nats per token, CIDEr-D and facts of its captions; draw some.
+
+    Who tells the same beside another photo has learnt the language alone.
+    """
     model = prism.load(args.ckpt, prism.choose_device(args.device))
     size = tuple(n * model.cfg.trunk.patch for n in model.cfg.trunk.grid)
     pairs = data.Captioned(data.open_data(source, args.split, size=size), size, model.encode)
-    nats, count, first = 0.0, 0, len(model.start)
+    nats, count, first = [0.0, 0.0], 0, len(model.start)  # beside the own photo, beside another one
     for start in data.track(range(0, len(pairs), args.batch_size), "captions"):
         batch = pairs.collate([pairs[i] for i in range(len(pairs))[start : start + args.batch_size]])
         images, tokens = batch["image"].to(model.pos.device), batch["tokens"].to(model.pos.device)
         known = (tokens[:, first:] != data.PAD).sum().item()
-        nats += known * train.caption_terms(model(images, tokens), tokens, first)[1]["nll"].item()
+        seen = model.see(images)
+        for k in (0, 1):
+            logits = model.text(tokens, seen.roll(k, 0))
+            nats[k] += known * train.caption_terms(logits, tokens, first)[1]["nll"].item()
         count += known
+    own, other = (total / count for total in nats)
     chosen = np.linspace(0, len(pairs) - 1, min(args.analysis or 64, len(pairs))).astype(int).tolist()
     images = stack([pairs[i] for i in chosen], "image").to(model.pos.device)
     found = {how: [text for part in images.split(args.batch_size) for text in model.caption(part, beams)]
              for how, beams in (("greedy", 1), ("beam 3", 3))}
     references = [pairs.captions[i] for i in chosen]
-    true = [texts[0] for texts in references]
-    scores = {how: {"CIDEr-D": cider_d(own, references), **score_facts(own, true)}
-              for how, own in found.items()}
-    prism.show(f"{args.split}: {nats / count:.4f} nats per token of {len(pairs)} images; {len(true)} told",
+    pairings = {how: (texts, references) for how, texts in found.items()}
+    pairings["beam 3, of another photo"] = found["beam 3"], references[1:] + references[:1]
+    scores = {how: {"CIDEr-D": cider_d(told, due), **score_facts(told, [texts[0] for texts in due])}
+              for how, (told, due) in pairings.items()}
+    prism.show(f"{args.split}: {own:.4f} nats per token of {len(pairs)} images, beside another photo "
+               f"{other:.4f}; {len(chosen)} told",
                {name: {how: row[name] for how, row in scores.items()} for name in scores["greedy"]})
+    true = [texts[0] for texts in references]
     panel = draw_captions(model, images[:6], {"caption": found["beam 3"], "truth": true})
     results = {"checkpoint": args.ckpt.name, "data": source, "split": args.split, "images": len(pairs),
-               "nats per token": nats / count, "scores": scores, "captions": found, "truth": references}
+               "nats per token": own, "beside another photo": other, "scores": scores, "captions": found,
+               "truth": references}
     out_dir = args.out_dir or args.ckpt.parent
     write_files(out_dir, {"captions.json": as_json(results), "captions.png": panel})
     print(f"wrote {out_dir / 'captions.json'}, {out_dir / 'captions.png'}")

@@ -4730,6 +4730,7 @@ def test_photos_with_captions_are_learnt(small_world, tmp_path, tiny_decoder, ca
     scoring.main(scoring.Args(ckpt=out / "prismer.pt", device="cpu", batch_size=2))
     results = results_of(out, "captions.json")
     assert results["images"] == 3 and math.isfinite(results["nats per token"])
+    assert len(results["scores"]) == 3 and results["beside another photo"] != results["nats per token"]
     assert results["scores"]["beam 3"].keys() >= {"CIDEr-D", "poses recall"} and len(results["truth"][1]) == 2
     pairs = data.Captioned(data.open_data(spec, "train"), (32, 32), str)
     assert {pairs[1, step, 0]["tokens"] for step in range(9)} == set(results["truth"][1])
