@@ -1005,7 +1005,7 @@ def cider_d(found: Sequence[str], references: Sequence[Sequence[str]]) -> float:
 def score_captions(args: "Args", source: str) -> None:
     """Score a Prismer: plain nats per token, CIDEr-D and facts of its captions; draw some.
 
-    Who tells the same beside another photo has learnt the language alone.
+    Who tells the same beside another photo, its neighbour's in the batch, has learnt the language alone.
     """
     model = prism.load(args.ckpt, prism.choose_device(args.device))
     size = tuple(n * model.cfg.trunk.patch for n in model.cfg.trunk.grid)
