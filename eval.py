@@ -1005,19 +1005,20 @@ def cider_d(found: Sequence[str], references: Sequence[Sequence[str]]) -> float:
 def score_captions(args: "Args", source: str) -> None:
     """Score a Prismer: plain nats per token, CIDEr-D and facts of its captions; draw some.
 
-    Who tells the same beside another photo, its neighbour's in the batch, has learnt the language alone.
+    Who tells the same beside another photo, the one before, has learnt the language alone.
     """
     model = prism.load(args.ckpt, prism.choose_device(args.device))
     size = tuple(n * model.cfg.trunk.patch for n in model.cfg.trunk.grid)
     pairs = data.Captioned(data.open_data(source, args.split, size=size), size, model.encode)
     nats, count, first = [0.0, 0.0], 0, len(model.start)  # beside the own photo, beside another one
     for start in data.track(range(0, len(pairs), args.batch_size), "captions"):
-        batch = pairs.collate([pairs[i] for i in range(len(pairs))[start : start + args.batch_size]])
-        images, tokens = batch["image"].to(model.pos.device), batch["tokens"].to(model.pos.device)
-        known = (tokens[:, first:] != data.PAD).sum().item()
+        stop = min(start + args.batch_size, len(pairs))
+        batch = pairs.collate([pairs[i] for i in range(start - 1, stop)])  # also the photo before
+        images, tokens = batch["image"].to(model.pos.device), batch["tokens"][1:].to(model.pos.device)
         seen = model.see(images)
-        for k in (0, 1):
-            logits = model.text(tokens, seen.roll(k, 0))
+        known = (tokens[:, first:] != data.PAD).sum().item()
+        for k, beside in enumerate((seen[1:], seen[:-1])):
+            logits = model.text(tokens, beside)
             nats[k] += known * train.caption_terms(logits, tokens, first)[1]["nll"].item()
         count += known
     own, other = (total / count for total in nats)
