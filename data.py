@@ -14,7 +14,7 @@ Folder layout: your own (`folder:ROOT`), and the rendered world's
     <split>.txt                       optional: an id per line; else 1 of 10 is for val, by a hash of its id
     dataset.json                      optional: {task: {"classes": [names]}, task of your own: {"kind": one of
                                       Task's, "classes": [...], "unit": "m", "weight": 1, "scale": 0.001}}
-    captions.json                     optional: {id: {"caption": str}} (world: also "things")
+    captions.json                     optional: {id: {"caption": text or texts}} (world: also "things")
     meta.json                         world: size, and a key of all that decides the files
 Any label may be missing: that task then ignores that image.
 
@@ -1513,25 +1513,29 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 
 class CaptionList(Samples):
-    """Photos with captions: ROOT/SPLIT.json is [{"image": path in ROOT, "caption": text or texts}, ...]."""
+    """Photos with captions: ROOT/SPLIT.json is [{"image": path in ROOT, "caption": text or texts}, ...]. All
+    rows of a photo are one sample."""
 
     tasks, classes = {}, {}
 
     def __init__(self, root: Path, split: str, size: int | tuple[int, int] = 224, **options):
-        file = root / f"{split}.json"
+        file, self.captions = root / f"{split}.json", {}
         rows = decode_file(file, lambda path: json.loads(path.read_text("utf-8")))
         try:
-            self.captions = [np.atleast_1d(row["caption"]).tolist() for row in rows]
-            super().__init__([root / row["image"] for row in rows], size)
             rows[0]  # there is one
+            for row in rows:
+                of_photo = self.captions.setdefault(root / row["image"], {"caption": []})
+                of_photo["caption"] += np.atleast_1d(row["caption"]).tolist()
         except (TypeError, LookupError):
             raise ValueError(f'{file} is no [{{"image": path, "caption": text}}, ...]; write it so') from None
+        super().__init__(list(self.captions), size)
         if missing := [path for path in self.ids if not path.is_file()]:
             raise FileNotFoundError(f"{missing[0]} of {file} is missing; put it there")
         self.root, self.source = root, f"captions:{root.resolve()}"
 
     def read(self, i: int, labels: bool = False) -> dict:
-        return {"image": read_photo(self.ids[i]), "name": self.ids[i].name, "caption": self.captions[i][0]}
+        path = self.ids[i]
+        return {**self.captions[path], "image": read_photo(path), "name": path.name}
 
 
 def squeeze(image: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
@@ -1549,9 +1553,9 @@ class Captioned(Dataset):
 
     def __init__(self, samples: Samples, size: tuple[int, int], encode: Callable | None = None):
         self.samples, self.size, self.encode = samples, size, encode
-        self.source, self.classes, self.captions = samples.source, samples.classes, samples.captions
-        if not isinstance(samples, CaptionList):
-            self.captions = [[samples.captions.get(name, {}).get("caption", "")] for name in samples.ids]
+        self.source, self.classes = samples.source, samples.classes
+        texts = (samples.captions.get(name, {}).get("caption", "") for name in samples.ids)
+        self.captions = [np.atleast_1d(text).tolist() for text in texts]
         if empty := [name for name, texts in zip(samples.ids, self.captions, strict=True)
                      if not texts or not all(isinstance(text, str) and text.strip() for text in texts)]:
             raise ValueError(f"{empty[0]} of {self.source} has no caption, as {len(empty)} in all; write "

@@ -839,7 +839,7 @@ class ResamplerBlock(nn.TransformerEncoderLayer):
     """Latents (B, L, D) look at themselves and at the tokens of all maps (B, M, D)."""
 
     def __init__(self, dim: int):
-        super().__init__(dim, 8, 4 * dim, batch_first=True)
+        super().__init__(dim, 8, 4 * dim, 0.0, batch_first=True)
         self.norm3 = nn.LayerNorm(dim)
 
     def forward(self, latents: Tensor, maps: Tensor) -> Tensor:

@@ -4438,7 +4438,7 @@ def attend_by_hand(attn, x, source, future=None):
 
 @torch.no_grad()
 def test_prismer_equals_its_equations():
-    """Catches sub-layers in another order, norms on another side, ReLU unsquared, maps not scaled."""
+    """Catches sub-layers in another order, norms on another side, ReLU unsquared, dropout in the trunk."""
     model, image = small_prismer(trunk={"student": "dense"}), torch.rand(1, 3, 32, 32)
     maps = model.student.predict(image, model.cfg.maps)
     assert model.stems["semseg"].features.norm(dim=1).mean() == pytest.approx(6)
@@ -4446,7 +4446,7 @@ def test_prismer_equals_its_equations():
     tokens = [(stem(maps[task]).flatten(2).transpose(1, 2) + model.pos)[0]
               for task, stem in model.stems.items()]
     latents = model.latents[0]
-    for block in model.resampler:
+    for block in model.resampler.train():  # its dropout is none
         x = block.norm1(latents)
         latents = latents + attend_by_hand(block.self_attn, x, torch.cat([x, block.norm2(torch.cat(tokens))]))
         latents = latents + block.linear2(block.linear1(block.norm3(latents)).relu() ** 2)
@@ -4712,7 +4712,7 @@ def test_facts_by_hand():
 def photo_list(folder, **changes) -> str:
     """Write three photos with captions of another size than the network's."""
     rows = [{"image": f"{k}.png", "caption": ["a red box", "a box"] if k else "a standing person in blue"}
-            for k in range(3)]
+            for k in (0, 1, 2, 0)]  # one photo in two rows
     for k in range(3):
         photo(k, (40, 20 + k)).save(folder / f"{k}.png")
     rows[1] |= changes
@@ -4723,7 +4723,7 @@ def photo_list(folder, **changes) -> str:
 
 def test_photos_with_captions_are_learnt(small_world, tmp_path, tiny_decoder, capsys):
     """Catches data that only the world has, a caption that differs the second time, results overwritten, a
-    second caption that is never learnt."""
+    second caption that is never learnt, a photo that counts twice."""
     spec, out = photo_list(tmp_path), tmp_path / "out"
     prismer_run(small_world, out, data=spec, batch_size=2, epochs=2, steps=None, prefix="a picture of")
     assert log_rows(out)[-1]["step"] == 3
@@ -4731,7 +4731,8 @@ def test_photos_with_captions_are_learnt(small_world, tmp_path, tiny_decoder, ca
     results = results_of(out, "captions.json")
     assert results["images"] == 3 and math.isfinite(results["nats per token"])
     assert len(results["scores"]) == 3 and results["beside another photo"] != results["nats per token"]
-    assert results["scores"]["beam 3"].keys() >= {"CIDEr-D", "poses recall"} and len(results["truth"][1]) == 2
+    assert results["scores"]["beam 3"].keys() >= {"CIDEr-D", "poses recall"}
+    assert [len(texts) for texts in results["truth"]] == [2, 2, 2]
     pairs = data.Captioned(data.open_data(spec, "train"), (32, 32), str)
     assert {pairs[1, step, 0]["tokens"] for step in range(9)} == set(results["truth"][1])
     scoring.main(scoring.Args(ckpt=out / "prismer.pt", device="cpu", image=(tmp_path / "2.png",)))
