@@ -876,6 +876,7 @@ class Decoder(nn.Module):
         self.norm, self.drop = nn.LayerNorm(D), nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList(TextLayer(cfg) for _ in range(cfg.depth))
         self.output = nn.TransformerEncoderLayer(D, cfg.heads, 4 * D, cfg.dropout, "gelu", batch_first=True)
+        self.output.dropout = nn.Identity()  # RoBERTa drops after its MLP, not within
         self.head = nn.Sequential(nn.Linear(D, D), nn.GELU(), nn.LayerNorm(D))
         self.bias = nn.Parameter(torch.zeros(V))
         for name, p in self.named_parameters():
