@@ -2939,6 +2939,21 @@ def test_passes_follow_free_memory(monkeypatch):
     assert 2**20 < train.free_memory()
 
 
+@pytest.mark.parametrize("cores, settings, processes, threads", [
+    (2, {}, 2, 1), (16, {}, 2, 8), (16, {"stage": "deconstruct"}, 8, 2), (2, {"stage": "caption"}, 1, 0),
+    (2, {"stage": "caption", "processes": 4}, 4, 1),
+])
+def test_processes_have_four_images_each(cores, settings, processes, threads, monkeypatch):
+    """Catches processes that lose more in exchanges than they win, cores that stay idle."""
+    children, limits = [], [0]
+    for name, value in (("data.core_count", lambda: cores), ("free_memory", lambda: 2**40),
+                        ("subprocess.Popen", lambda _, env, **__: children.append(env["OMP_NUM_THREADS"])),
+                        ("torch.set_num_threads", limits.append), ("os.environ", {})):
+        monkeypatch.setattr(f"train.{name}", value)
+    train.start_processes(train.Args(device="cpu", **settings))
+    assert len(children) == processes - 1 and set(children) <= {str(limits[-1])} and limits[-1] == threads
+
+
 def test_a_process_per_core_equals_one(small_world, tmp_path):
     """Catches other losses, a second log or progress, children that stay, an error that is said twice."""
     command = [sys.executable, "train.py", "--stage", "recompose", "--no-distill", "--student", "dense",

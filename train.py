@@ -211,22 +211,25 @@ def noted_signals():
 
 
 def start_processes(args: Args) -> list[subprocess.Popen]:
-    """On a CPU, start a process per core beside this one: two of one thread are faster than one of two.
+    """On a CPU, start a process per core beside this one: two of one thread lose less to a busy neighbour.
 
-    As many as share each step evenly, with 2 GiB of free memory each. torchrun's are left alone.
+    As many as share each step evenly, with 4 images and 2 GiB of free memory each. torchrun's are left alone.
     """
     if process_place()[1] > 1 or prism.choose_device(args.device).type != "cpu":
         return []
     most = args.processes or int(min(data.core_count(), free_memory() / 2**31))
+    least = 1 if args.processes else 4  # images; fewer do not pay for the exchanges
     parts = [choose_recipe(args, name).batch_size // (args.accumulate or 1) for name in args.stages()]
-    count = max((n for n in range(1, most + 1) if not any(part % n for part in parts)), default=1)
+    shares = (n for n in range(1, most + 1) if not any(part % n or part < least * n for part in parts))
+    count = max(shares, default=1)
     if count == 1:
         return []
+    threads = max(1, data.core_count() // count)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "RANK": "0",
-                       "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"}
-    torch.set_num_threads(1)
+                       "WORLD_SIZE": str(count), "OMP_NUM_THREADS": str(threads)}
+    torch.set_num_threads(threads)
     return [subprocess.Popen(sys.orig_argv, env=os.environ | {"RANK": str(k), "PRISM_CHILD": "1"},
                              start_new_session=True)  # Ctrl-C is the first one's to hear
             for k in range(1, count)]
