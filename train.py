@@ -94,7 +94,7 @@ class Args:
     device: str | None = None  # default: cuda if there is one, else cpu
     compile: bool | None = None  # torch.compile student and teachers (default: on cuda)
     recompute: bool = False  # activation checkpointing: blocks run twice, but keep only their inputs
-    processes: int | None = None  # on a CPU (default: one per core, as memory and batch allow); on GPUs use torchrun
+    processes: int | None = None  # on a CPU (default: one per core if memory and batch allow); GPUs: torchrun
     workers: int | None = None  # loader processes per training process (default: on cuda all cores' share)
     log_every: int = 20  # steps between log lines
     save_every: int | None = None  # steps between checkpoints (default: 100, or 1 % of the stage if more)
