@@ -4453,7 +4453,7 @@ def attend_by_hand(attn, x, source, future=None):
 
 @torch.no_grad()
 def test_prismer_equals_its_equations():
-    """Catches sub-layers in another order, norms on another side, ReLU unsquared, dropout in the trunk."""
+    """Catches sub-layers in another order, norms on another side, plain ReLU, maps not scaled, dropout."""
     model, image = small_prismer(trunk={"student": "dense"}), torch.rand(1, 3, 32, 32)
     maps = model.student.predict(image, model.cfg.maps)
     assert model.stems["semseg"].features.norm(dim=1).mean() == pytest.approx(6)
